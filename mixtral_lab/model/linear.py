@@ -1,0 +1,59 @@
+"""Matrix times vector, by the fastest road this machine has. Everything learned in the model is one of these."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
+
+
+class Linear(nn.Linear):
+    """`out = x @ weight.T`, without a bias, as everywhere in Mistral's models."""
+
+    def __init__(self, features_in: int, features_out: int) -> None:
+        super().__init__(features_in, features_out, bias=False)
+
+    def forward(self, x: Float[Tensor, "*rows features_in"]) -> Float[Tensor, "*rows features_out"]:
+        return linear(x, self.weight)
+
+
+def linear(
+    x: Float[Tensor, "*rows features_in"], weight: Float[Tensor, "features_out features_in"]
+) -> Float[Tensor, "*rows features_out"]:
+    """Multiply by a weight matrix; float32 inference on a CPU goes through oneDNN where PyTorch carries it.
+
+    PyTorch's default float32 product on some processors (AMD among them) runs at half the speed of oneDNN's.
+    The operator is private to PyTorch, so `onednn_works` tries it once and `F.linear` stays the way back.
+    """
+    if (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and onednn_works()
+    ):
+        rows = x.numel() // x.shape[-1]
+        missing = -rows % ROWS
+        if rows < ROWS or not missing:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+        out = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
+        return out[:rows].reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+@functools.cache
+def onednn_works() -> bool:
+    """Whether oneDNN's linear operator is present here and agrees with PyTorch's own."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    try:
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(out, F.linear(x, weight), atol=1e-5)

@@ -1,0 +1,127 @@
+"""The whole model: a residual stream that attention and experts read from and add to, layer after layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mixtral_lab.config import Config
+from mixtral_lab.model.attention import Attention, Mask, RollingCache, visible
+from mixtral_lab.model.linear import Linear, linear
+from mixtral_lab.model.moe import Experts, Router, SwiGLU
+from mixtral_lab.model.rope import Rotation, rotation
+
+Cache = list[RollingCache]  # one for each layer
+
+
+class RMSNorm(nn.Module):
+    """Scale each token's vector to a root mean square of 1, then by a learned weight per dimension.
+
+    Source: Root Mean Square Layer Normalization (arXiv 1910.07467).
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class Block(nn.Module):
+    """One layer: attention moves information between positions, the experts work on each position alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        if config.n_experts is None or config.n_choices is None:
+            self.feed_forward = SwiGLU(config.dim, config.hidden)
+            self.router = None
+        else:
+            self.router = Router(config.dim, config.n_experts, config.n_choices)
+            self.experts = Experts(config.dim, config.hidden, config.n_experts)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        turn: Rotation,
+        mask: Mask | None,
+        causal: bool,
+        cache: RollingCache | None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        x = x + self.attention(self.attention_norm(x), turn, mask, causal, cache)
+        normed = self.ffn_norm(x)
+        if self.router is None:
+            return x + self.feed_forward(normed)
+        return x + self.experts(normed, self.router(normed))
+
+
+class Transformer(nn.Module):
+    """Token ids in, a score for every possible next token out: Mistral if dense, Mixtral if it has experts."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.unembed = None if config.tied else Linear(config.dim, config.vocab)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        cache: Cache | None = None,
+        padding: Int[Tensor, " batch"] | None = None,
+        last_only: bool = False,
+    ) -> Float[Tensor, "batch seq_out vocab"]:
+        """Logits for the token after each position (`last_only`: after the last one, `seq_out` = 1).
+
+        `cache` holds what earlier calls fed; this call goes on from there. `padding` says how many ids at the left
+        of each row only fill it up; give the same in every call that shares a cache.
+        """
+        turn, mask, causal = self._where(ids, cache, padding)
+        x = self.embed(ids)
+        for i, block in enumerate(self.layers):
+            x = block(x, turn, mask, causal, None if cache is None else cache[i])
+        if last_only:
+            x = x[:, -1:]
+        return linear(self.final_norm(x), self.embed.weight if self.unembed is None else self.unembed.weight)
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """Empty caches for texts of up to `length` tokens; a window keeps them smaller than that."""
+        config, weight = self.config, self.embed.weight
+        shape = (batch, config.n_kv_heads, min(length, config.window or length), config.head_dim)
+
+        def store() -> Tensor:
+            return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+        return [RollingCache(store(), store()) for _ in range(config.n_layers)]
+
+    def _where(
+        self, ids: Tensor, cache: Cache | None, padding: Tensor | None
+    ) -> tuple[Rotation, Mask | None, bool]:
+        """Everything that depends on positions alone, once for all layers: rotations, and who sees whom.
+
+        Two cases need no mask, and most calls are one of them: a text that looks back at all of itself
+        (`causal`), and a single new token, for which the cache holds exactly what it may see.
+        """
+        config, new = self.config, ids.shape[1]
+        seen = cache[0].seen if cache else 0
+        columns = torch.arange(seen, seen + new, device=ids.device)[None]
+        positions = columns if padding is None else columns - padding[:, None]
+        turn = rotation(positions, config.head_dim, config.rope_theta)
+        plain = any(block.attention.plain for block in self.layers)
+        if padding is None and new == 1:
+            return turn, None, False
+        if padding is None and not seen and (config.window is None or new <= config.window) and not plain:
+            return turn, None, True
+        key_columns = cache[0].columns(new)[None] if cache else columns
+        key_positions = key_columns if padding is None else key_columns - padding[:, None]
+        return turn, visible(positions, key_positions, config.window), False

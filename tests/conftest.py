@@ -1,0 +1,22 @@
+"""Every test runs with the shapes and types of the signatures checked, and without a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("mixtral_lab", "beartype.beartype")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("lab", deadline=None, max_examples=20, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("lab")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

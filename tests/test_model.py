@@ -1,0 +1,208 @@
+"""Each idea of the model by itself: the plain definition is the economical version, decode is prefill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_parity import configs, mixtral
+
+from mixtral_lab.config import Config, ConfigError
+from mixtral_lab.model import Transformer
+from mixtral_lab.model.attention import RollingCache, attend_fused, attend_plain, visible
+from mixtral_lab.model.linear import linear, onednn_works
+from mixtral_lab.model.moe import DISPATCH, Experts, Router, route
+from mixtral_lab.model.rope import rotate, rotation
+
+
+def random_model(config: Config) -> Transformer:
+    model = Transformer(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def in_chunks(model, ids, sizes, padding=None):
+    cache = model.new_cache(len(ids), ids.shape[1])
+    out = torch.cat([model(part, cache, padding) for part in ids.split(sizes, dim=1)], dim=1)
+    return out, cache
+
+
+@st.composite
+def chunkings(draw, total: int) -> list[int]:
+    sizes = []
+    while sum(sizes) < total:
+        sizes.append(draw(st.integers(1, total - sum(sizes))))
+    return sizes
+
+
+@settings(max_examples=10)
+@given(configs() | configs(dense=True), chunkings(33), st.booleans(), st.booleans())
+def test_decode_is_prefill_is_any_chunking(config, sizes, padded, plain):
+    model = random_model(config)
+    for block in model.layers:
+        block.attention.plain = plain
+    ids = torch.randint(config.vocab, (2, 33))
+    padding = torch.tensor([0, 7]) if padded else None
+    with torch.no_grad():
+        whole = model(ids, padding=padding)
+    for chunks in (sizes, [1] * 33, [33]):
+        out, cache = in_chunks(model, ids, chunks, padding)
+        torch.testing.assert_close(out[0], whole[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(out[1, 7:], whole[1, 7:], atol=1e-4, rtol=0)
+        assert cache[0].ring == min(33, config.window or 33)
+
+
+@settings(max_examples=10)
+@given(configs(), st.integers(1, 9))
+def test_the_plain_mixture_is_every_economical_one(config, seq):
+    model = random_model(config)
+    ids = torch.randint(config.vocab, (2, seq))
+    outs = {}
+    with torch.no_grad():
+        for dispatch in (*DISPATCH, "auto"):
+            for block in model.layers:
+                block.experts.dispatch = dispatch
+            outs[dispatch] = model(ids)
+    for dispatch, out in outs.items():
+        torch.testing.assert_close(out, outs["dense"], atol=1e-4, rtol=1e-4, msg=dispatch)
+
+
+@given(configs())
+def test_plain_attention_is_the_fused_one(config):
+    seq = 12
+    query = torch.randn(2, config.n_kv_heads, config.group, seq, config.head_dim)
+    key, value = torch.randn(2, 2, config.n_kv_heads, seq, config.head_dim).unbind()
+    at = torch.arange(seq)[None]
+    mask = visible(at, at, config.window)
+    plain = attend_plain(query, key, value, mask)
+    torch.testing.assert_close(plain, attend_fused(query, key, value, mask), atol=1e-5, rtol=1e-4)
+    if config.window is None:
+        causal = attend_fused(query, key, value, None, causal=True)
+        torch.testing.assert_close(plain, causal, atol=1e-5, rtol=1e-4)
+
+
+def test_route_takes_the_best_and_shares_one_unit_of_weight():
+    routing = route(torch.tensor([[2.0, 0.0, 1.0]]), 2)
+    assert routing.experts.tolist() == [[0, 2]]
+    torch.testing.assert_close(routing.weights, torch.tensor([[0.7311, 0.2689]]), atol=1e-4, rtol=0)
+
+
+def test_a_window_of_three_sees_itself_and_two_before():
+    at = torch.arange(6)[None]
+    assert visible(at, at, 3)[0, 5].tolist() == [False, False, False, True, True, True]
+    assert visible(at, at, None)[0, 2].tolist() == [True, True, True, False, False, False]
+
+
+def test_padding_is_seen_by_no_text_and_sees_only_itself():
+    at = torch.arange(-2, 3)[None]
+    seen = visible(at, at, None)[0]
+    assert not seen[2:, :2].any()
+    assert seen[:2].tolist() == [[True, False, False, False, False], [False, True, False, False, False]]
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_the_rolling_cache_keeps_position_p_in_slot_p_mod_ring(ring, sizes):
+    cache = RollingCache(torch.full((1, 1, ring, 1), -1.0), torch.full((1, 1, ring, 1), -1.0))
+    seen = 0
+    for size in sizes:
+        columns = cache.columns(size)
+        new = torch.arange(seen, seen + size, dtype=torch.float32).view(1, 1, size, 1)
+        keys, values = cache.extend(new, -new)
+        assert keys.flatten().tolist() == columns.tolist() == (-values).flatten().tolist()
+        seen += size
+        for position in range(max(0, seen - ring), seen):
+            assert cache.keys[0, 0, position % ring, 0] == position
+    assert cache.keys.shape[2] == ring
+
+
+def test_memory_is_bounded_by_the_window():
+    model = random_model(mixtral(window=6))
+    cache = model.new_cache(1, 10_000)
+    held = sum(c.keys.numel() + c.values.numel() for c in cache) * 4
+    assert held == model.config.cache_bytes(10_000, bytes_per_number=4) == 2 * 2 * 2 * 8 * 6 * 4
+
+
+def test_rotated_dot_products_see_only_distance():
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind()
+
+    def score(i, j):
+        turned = [rotate(x, rotation(torch.tensor([[p]]), 16, 100.0)) for x, p in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(5, 2), score(105, 102), atol=1e-4, rtol=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 5), (31,), (32,), (33,), (2, 64), (7, 9, 3)])
+def test_linear_is_pytorchs_on_every_number_of_rows(rows):
+    x, weight = torch.randn(*rows, 24), torch.randn(40, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_without_onednn_is_the_same(monkeypatch):
+    x, weight = torch.randn(5, 24), torch.randn(40, 24)
+    with torch.no_grad():
+        fast = linear(x, weight)
+        monkeypatch.setattr("mixtral_lab.model.linear.onednn_works", lambda: False)
+        torch.testing.assert_close(linear(x, weight), fast, atol=1e-4, rtol=1e-4)
+
+
+def test_the_probe_for_onednn_says_yes_or_no():
+    assert onednn_works() in (True, False)
+
+
+def test_a_custom_dispatch_is_called_with_the_routing():
+    experts, router = Experts(8, 12, 3), Router(8, 3, 2)
+    seen = []
+
+    def mix(x, routing, ffn):
+        seen.append((routing.experts.shape, len(ffn)))
+        return x
+
+    experts.dispatch = mix
+    x = torch.randn(2, 4, 8)
+    assert experts(x, router(x)) is x
+    assert seen == [((2, 4, 2), 3)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"n_heads": 5}, "5 query heads cannot share 2"),
+        ({"head_dim": 7}, "must be even"),
+        ({"n_choices": None}, "give both"),
+        ({"n_choices": 9}, "cannot choose 9 of 5"),
+        ({"window": 0}, "at least 1"),
+        ({"dim": 0}, "dim is 0"),
+        ({"vocab": -5}, "vocab is -5"),
+        ({"norm_eps": 0.0}, "above 0"),
+    ],
+)
+def test_contradicting_numbers_are_named(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        mixtral(**wrong)
+
+
+def test_published_sizes():
+    from mixtral_lab.config import PRESETS
+
+    def billions(name):
+        config = PRESETS[name].config
+        return round(config.parameters / 1e9, 1), round(config.active_parameters / 1e9, 1)
+
+    assert billions("mixtral-8x7b") == (46.7, 12.9)
+    assert billions("mixtral-8x22b") == (140.6, 39.2)
+    assert billions("mistral-7b-v0.1") == (7.2, 7.2)
+    assert billions("mistral-nemo-12b") == (12.2, 12.2)
+    assert billions("mistral-small-24b") == (23.6, 23.6)
+    assert billions("mistral-large-123b") == (122.6, 122.6)
+    for preset in PRESETS.values():
+        model = Transformer.__new__(Transformer)  # counted on the meta device: no memory
+        with torch.device("meta"):
+            model.__init__(preset.config)
+        assert sum(p.numel() for p in model.parameters()) == preset.config.parameters
