@@ -24,7 +24,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -171,7 +171,11 @@ class Report:
         head = Table(box=None, show_header=False, pad_edge=False)
         for name, value in self.machine.items():
             head.add_row(name, value, style="dim")
-        return Group(head, *(self._shape_table(shape) for shape in dict.fromkeys(p.shape for p in self.parity)), *self.notes)
+        return Group(
+            head,
+            *(self._shape_table(shape) for shape in dict.fromkeys(p.shape for p in self.parity)),
+            *self.notes,
+        )
 
     def _shape_table(self, shape: str) -> Table:
         largest = max(parity.largest for parity in self.parity if parity.shape == shape)
@@ -186,7 +190,9 @@ class Report:
             ours, *theirs = self._rows(shape, what)
             for row in (ours, *theirs):
                 ratios = _ratios(row, ours)
-                better = "" if row is ours else f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+                better = (
+                    "" if row is ours else f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+                )
                 table.add_row(
                     what if row is ours else "",
                     row.contender,
@@ -214,6 +220,7 @@ def _written(value: float, unit: str) -> str:
 Work = Callable[[], object]  # what is timed
 
 
+@runtime_checkable
 class Contender(Protocol):
     """One side. `prefill` and `decode` prepare, untimed, and return what is to be timed."""
 
@@ -363,13 +370,18 @@ def run(
                 folder = _write_checkpoint(shape, numbers, Path(home) / "checkpoint")
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
                 millions = shape.config.parameters / 1e6
-                notes.append(f"{shape.name}: {shape.weights}, {millions:,.0f} M parameters, {size / 1e6:,.0f} MB on disk.")
+                notes.append(
+                    f"{shape.name}: {shape.weights}, {millions:,.0f} M parameters, {size / 1e6:,.0f} MB on disk."
+                )
 
                 bench = _Bench(shape, where, numbers, repeats, bar)
                 ours = Ours(load_model(folder, where, numbers))
                 model = _load_theirs(folder, where, numbers)
                 theirs = [Theirs(model, *variant) for variant in product(ATTENTION, EXPERTS)]
-                writers = [*theirs, *(Theirs(model, *variant, True) for variant in product(ATTENTION, EXPERTS))]
+                writers = [
+                    *theirs,
+                    *(Theirs(model, *variant, True) for variant in product(ATTENTION, EXPERTS)),
+                ]
 
                 parity += bench.check(ours, theirs)
                 possible = [one for one in theirs if one.copied(prompt) < (free_memory(where) or sys.maxsize) / 4]
@@ -382,7 +394,10 @@ def run(
                     f"prefill {prompt} tokens", [ours, *possible], prompt, lambda side, ids: side.prefill(ids)
                 )
                 measurements += bench.time(
-                    f"decode {written} tokens", [ours, *writers], prompt, lambda side, ids: side.decode(ids, written)
+                    f"decode {written} tokens",
+                    [ours, *writers],
+                    prompt,
+                    lambda side, ids: side.decode(ids, written),
                 )
                 del ours, model, theirs, writers, possible
                 gc.collect()
@@ -444,7 +459,10 @@ class _Bench:
                 self.bar.set_description(f"{self.shape.name}: loading")
                 command = [sys.executable, "-m", "mixtral_lab.bench", who, str(folder), str(self.device)]
                 answer = subprocess.run(
-                    [*command, str(self.dtype).removeprefix("torch.")], capture_output=True, text=True, check=False
+                    [*command, str(self.dtype).removeprefix("torch.")],
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
                 if answer.returncode:
                     raise BenchError(f"{who} could not load {self.shape.name}: {answer.stderr.strip()[-500:]}")
@@ -545,7 +563,10 @@ class _Memory:
 
         if self.device.type == "cuda":
             held = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-            return {"private memory": torch.cuda.memory_allocated(self.device), "peak memory": held(self.device)}
+            return {
+                "private memory": torch.cuda.memory_allocated(self.device),
+                "peak memory": held(self.device),
+            }
         memory = psutil.Process().memory_full_info()
         found = {"private memory": memory.uss, "peak memory": memory.rss}
         if peak and sys.platform == "linux":

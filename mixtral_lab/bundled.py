@@ -17,7 +17,14 @@ def folder(name: str) -> Path:
     for place in PLACES:
         if (place / name).is_dir():
             return place / name
-    raise LabError(f"{name!r} was not found in {' or '.join(map(str, PLACES))}: was the package installed whole?")
+    raise LabError(
+        f"{name!r} was not found in {' or '.join(map(str, PLACES))}: was the package installed whole?"
+    )
+
+
+def has(name: str) -> bool:
+    """Whether this installation holds it: the shapes of the mini models are known even where their weights are not."""
+    return any((place / name).is_dir() for place in PLACES)
 
 
 def excerpts() -> dict[str, list[dict]]:

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixtral_lab import bundled
+from mixtral_lab.checkpoint import CheckpointError
 from mixtral_lab.config import PRESETS, Config
 from mixtral_lab.generate import PromptError, Sampling, check_ids, check_length, generate_ids
 from mixtral_lab.model import Transformer
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
 from mixtral_lab.trace import Trace, recording
-from mixtral_lab.checkpoint import CheckpointError
 from mixtral_lab.weights import load_model
 
 Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
@@ -47,7 +47,11 @@ class Lab:
 
     def __repr__(self) -> str:
         config = self.config
-        experts = f", {config.n_experts} experts of which each token takes {config.n_choices}" if config.n_experts else ""
+        experts = (
+            f", {config.n_experts} experts of which each token takes {config.n_choices}"
+            if config.n_experts
+            else ""
+        )
         return (
             f"Lab({self.name}: {config.parameters / 1e6:,.1f} M parameters, {config.active_parameters / 1e6:,.1f} M "
             f"active, {config.n_layers} layers{experts}; {self.dtype} on {self.device})"
@@ -88,9 +92,11 @@ class Lab:
         `temperature=0` is greedy and always the same; otherwise `seed` makes a draw repeatable.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = [self.tokenizer.encode(text) for text in prompts]
+        ids = [self._read(text) for text in prompts]
         sampling = Sampling(temperature, top_p, top_k, seed)
-        texts = ["".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)]
+        texts = [
+            "".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)
+        ]
         texts = texts or ["" for _ in prompts]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -105,7 +111,7 @@ class Lab:
         top_k: int | None = None,
     ) -> Iterator[str]:
         """The same as `generate`, piece by piece as it is written. A list of messages is answered as a chat."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
+        ids = self._read(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
         for pieces in self._write([ids], max_new_tokens, Sampling(temperature, top_p, top_k, seed), stop):
             if pieces[0]:
                 yield pieces[0]
@@ -137,7 +143,7 @@ class Lab:
         """
         if not isinstance(text, str):
             return [self.trace(one, max_new_tokens) for one in text]
-        return self.trace_ids(self.tokenizer.encode(text), max_new_tokens)
+        return self.trace_ids(self._read(text), max_new_tokens)
 
     def trace_ids(self, ids: Sequence[int], max_new_tokens: int = 0) -> Trace:
         """The same for token ids, such as those of `tokenizer.chat(messages)`."""
@@ -146,7 +152,9 @@ class Lab:
         check_length(self.config, len(ids) + max_new_tokens)
         with recording(self.model) as recorder:
             # One token more than asked for: the last one written is never read, so nothing is known of it.
-            steps = list(generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids))
+            steps = list(
+                generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids)
+            )
         whole = ids + [new[0] for new in steps[:-1] if new[0] is not None]
         return Trace(
             ids=torch.tensor(whole),
@@ -156,6 +164,11 @@ class Lab:
             dtype=self.dtype,
             recorded=recorder.routing(),
         )
+
+    def _read(self, text: str) -> list[int]:
+        if not text:
+            raise PromptError("The prompt is empty: write at least one character.")
+        return self.tokenizer.encode(text)
 
     def _write(
         self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, stop: str | Sequence[str]
@@ -201,7 +214,9 @@ class _Writer:
         if ends:
             self.done, self._held = True, ""
             return text[: min(ends)]
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+        )
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -219,7 +234,11 @@ def load(path: str | Path = "mini-mixtral", device: str = "auto", dtype: str = "
         if name in bundled.MODELS:
             where = bundled.folder(name)
         else:
-            hint = f" {name} is a published shape without weights: see `mixtral-lab info {name}`." if name in PRESETS else ""
+            hint = (
+                f" {name} is a published shape without weights: see `mixtral-lab info {name}`."
+                if name in PRESETS
+                else ""
+            )
             raise CheckpointError(
                 f"There is no file or folder {path}.{hint} Bundled models are {', '.join(bundled.MODELS)}."
             )

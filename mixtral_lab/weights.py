@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
@@ -82,9 +83,7 @@ def describe(path: str | Path) -> list[Stored]:
     return [stored._replace(ours=tuple(ours.get(stored.name, ()))) for stored in source.tensors.values()]
 
 
-def load_model(
-    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
-) -> Transformer:
+def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Transformer:
     """The model in a Hugging Face folder, a folder in Mistral's layout, or a GGUF file; frozen, ready to run.
 
     `resolve_device` and `resolve_dtype` say what "auto" means. On the CPU and in the stored dtype, parameters
@@ -129,8 +128,7 @@ def save_model(
     pad: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint as `transformers` ("huggingface") or as mistral-inference and vLLM ("mistral") read
-    it.
+    """Write a checkpoint for `transformers` ("huggingface"), or for mistral-inference and vLLM ("mistral").
 
     `dtype=None` keeps the model's. Weights go into files of at most `max_shard_bytes`; a tensor larger than
     that gets a file of its own. `bos`, `eos` and `pad` are token ids for config.json.
@@ -151,9 +149,10 @@ def save_model(
     if old and not overwrite:
         raise CheckpointError(f"{folder} already holds {some(old)}; take another, or say overwrite=True.")
     _check_model(model)
-    numbers = resolve_dtype(model.embed.weight.dtype if dtype is None else dtype)
+    own = model.embed.weight.dtype
+    numbers = resolve_dtype(own if dtype is None else dtype, stored=own)
     home = next(parent for parent in folder.parents if parent.is_dir())
-    partial = home / f".{folder.name}.partial-{os.getpid()}"
+    partial = home / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         partial.mkdir()
         if layout == "huggingface":
@@ -214,9 +213,7 @@ def resolve_dtype(
         return torch.float32 if free is None or memory_needed(config, torch.float32) <= free else stored
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise DtypeError(
-            f"There is no dtype {str(dtype)!r} here; there is {', '.join(DTYPES)} (or say 'auto')."
-        )
+        raise DtypeError(f"There is no dtype {str(dtype)!r} here; there is {', '.join(DTYPES)} (or say 'auto').")
     return found
 
 

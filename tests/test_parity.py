@@ -67,20 +67,24 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
     assert worst <= TOLERANCE, f"largest difference {worst}"
 
 
-@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("corner", CORNERS)
+VARIANTS = [
+    (corner, attention, experts)
+    for corner, config in CORNERS.items()
+    for attention in ("eager", "sdpa")
+    for experts in (("eager", "batched_mm", "grouped_mm") if config.n_experts else ("no experts",))
+]
+
+
+@pytest.mark.parametrize(("corner", "attention", "experts"), VARIANTS)
 def test_logits_in_every_corner(corner, attention, experts):
     config = CORNERS[corner]
-    if config.n_experts is None and experts != "eager":
-        pytest.xfail("a dense model has no experts implementation to choose")
-    theirs, ours = twin(config, attention=attention, experts=experts)
+    theirs, ours = twin(config, attention=attention, experts=experts if config.n_experts else "eager")
     ids = torch.randint(config.vocab, (2, 40))
     with torch.no_grad():
         same(ours(ids), theirs(ids).logits)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(configs() | configs(dense=True), st.integers(0, 99), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 0, "eager")
 def test_logits_of_drawn_shapes(config, seed, attention):
@@ -90,17 +94,26 @@ def test_logits_of_drawn_shapes(config, seed, attention):
         same(ours(ids), theirs(ids).logits)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(configs() | configs(dense=True), st.integers(0, 99), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 0, "eager")
 @example(mixtral(**DENSE), 0, "sdpa")
 def test_the_same_greedy_tokens_over_64_steps(config, seed, attention):
-    """With both caches on, past the window, batch 2: any first difference must be a near tie."""
+    """With both caches on, past the window, batch 2: any first difference must be a near tie.
+
+    With a window of 1 the reference writes without its cache: there the cache of transformers 5.23 keeps the keys
+    that it should drop, and its own logits differ from what it computes without one.
+    """
     theirs, ours = twin(config, seed, attention)
     ids = torch.randint(3, config.vocab, (2, 9))
     with torch.no_grad():
         wanted = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=None
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=config.window != 1,
         )
     got = torch.tensor(list(generate_ids(ours, ids.tolist(), 64))).T
     for row in range(2):
@@ -111,7 +124,7 @@ def test_the_same_greedy_tokens_over_64_steps(config, seed, attention):
             assert best[0] - best[1] < NEAR_TIE, f"row {row} differs at position {at}, which is no near tie"
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(configs() | configs(dense=True), st.integers(1, 12), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 5, "eager")
 @example(mixtral(window=1), 12, "eager")

@@ -36,7 +36,9 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor, chosen: Tensor, *stored: Tensor) -> Tensor:
         tokens = tokens.to(torch.bfloat16)
-        gate_up = [torch.cat((g, u)).to(torch.bfloat16) for g, u in zip(stored[::3], stored[1::3], strict=True)]
+        gate_up = [
+            torch.cat((g, u)).to(torch.bfloat16) for g, u in zip(stored[::3], stored[1::3], strict=True)
+        ]
         down = [w.to(torch.bfloat16) for w in stored[2::3]]
         n_tokens, n_choices = chosen.shape
 
@@ -92,7 +94,9 @@ class _Mixture(torch.autograd.Function):
         d_tokens = d_rows.index_select(0, slot).view(n_tokens, n_choices, -1).float().sum(1)
 
         d_stored: list[Tensor | None] = []
-        split = zip(rows.split(room), inner.split(room), d_hidden.split(room), d_answers.split(room), strict=True)
+        split = zip(
+            rows.split(room), inner.split(room), d_hidden.split(room), d_answers.split(room), strict=True
+        )
         for row, act, d_hid, d_ans in split:
             d_gate, d_up = (d_hid.t() @ row).float().chunk(2)
             d_stored += [d_gate, d_up, (d_ans.t() @ act).float()]

@@ -92,7 +92,10 @@ class Run:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         kept = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, fused=True)
         self.routings: list[Routing] = []
         for block in model.layers:
@@ -120,12 +123,23 @@ class Run:
         self.routings.clear()
         losses = self._losses(ids.to(self.device))
         loss = losses.mean()
-        seen: dict[str, Tensor] = {"loss": loss.detach(), "row_loss": losses.detach().mean(1), "domain": domain}
+        seen: dict[str, Tensor] = {
+            "loss": loss.detach(),
+            "row_loss": losses.detach().mean(1),
+            "domain": domain,
+        }
         if self.routings:
             balance = torch.stack([balance_loss(r) for r in self.routings])
-            loss = loss + recipe.balance * balance.mean() + recipe.z * torch.stack(list(map(z_loss, self.routings))).mean()
+            loss = (
+                loss
+                + recipe.balance * balance.mean()
+                + recipe.z * torch.stack(list(map(z_loss, self.routings))).mean()
+            )
             seen["share"] = torch.stack(
-                [r.experts.flatten().bincount(minlength=r.logits.shape[-1]) / r.experts.numel() for r in self.routings]
+                [
+                    r.experts.flatten().bincount(minlength=r.logits.shape[-1]) / r.experts.numel()
+                    for r in self.routings
+                ]
             )
             seen["entropy"] = torch.stack([_entropy(r.logits.detach()) for r in self.routings])
         loss.backward()
@@ -163,7 +177,11 @@ class Run:
         """Go on from `save`: the same weights, moments, step and schedule."""
         with safe_open(folder / "state.safetensors", "pt") as file:
             meta = file.metadata()
-            self.step, self.tokens, self.seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
+            self.step, self.tokens, self.seconds = (
+                int(meta["step"]),
+                int(meta["tokens"]),
+                float(meta["seconds"]),
+            )
             for name, p in self.model.named_parameters():
                 p.data.copy_(file.get_tensor(f"model.{name}"))
                 self.optimizer.state[p] = {
@@ -185,7 +203,9 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def train(run: Run, train_tokens: stream.Tokens, held_out: stream.Tokens, folder: Path, tokens: int, minutes: float) -> None:
+def train(
+    run: Run, train_tokens: stream.Tokens, held_out: stream.Tokens, folder: Path, tokens: int, minutes: float
+) -> None:
     """Train until `tokens` are seen or `minutes` are spent (resumed time counts), whichever is nearer to its end."""
     recipe = run.recipe
     saved = reported = evaluated = run.seconds
@@ -215,7 +235,9 @@ def train(run: Run, train_tokens: stream.Tokens, held_out: stream.Tokens, folder
 BAR = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
 
 
-def _steps(run: Run, train_tokens: stream.Tokens, tokens: int, minutes: float) -> Iterator[tuple[dict[str, Tensor], float]]:
+def _steps(
+    run: Run, train_tokens: stream.Tokens, tokens: int, minutes: float
+) -> Iterator[tuple[dict[str, Tensor], float]]:
     recipe = run.recipe
     progress = max(run.tokens / tokens, run.seconds / (60 * minutes))
     while progress < 1:
@@ -244,8 +266,12 @@ def _report(seen: dict[str, Tensor], domains: tuple[str, ...]) -> dict[str, obje
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Which shape to train: mini-mixtral or mini-mistral.")] = "mini-mixtral",
-    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path("corpus"),
+    model: Annotated[
+        str, typer.Option(help="Which shape to train: mini-mixtral or mini-mistral.")
+    ] = "mini-mixtral",
+    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path(
+        "corpus"
+    ),
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there goes on.")] = Path("runs"),
     tokens: Annotated[float, typer.Option(help="Stop after so many million tokens.")] = 1e9,
     minutes: Annotated[float, typer.Option(help="Stop after so many minutes of training.")] = 70.0,
@@ -276,7 +302,10 @@ def main(
     with contextlib.suppress(KeyboardInterrupt):  # what there is so far is saved below
         train(run, train_tokens, held_out, folder, int(tokens * 1e6), minutes)
     run.save(folder)
-    save_model(run.model.to("cpu", torch.bfloat16), folder / "checkpoint", overwrite=True)
+    save_model(
+        run.model.to("cpu"), folder / "checkpoint", dtype="bfloat16", overwrite=True,
+        bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=tokenizer.pad_id,
+    )  # fmt: skip
     tokenizer.save(folder / "checkpoint")
 
 

@@ -44,7 +44,9 @@ class Tokens:
         ids = self.ids[domain]
         rows = min(rows, (len(ids) - 1) // seq)
         if rows < 1:
-            raise LabError(f"Domain {self.domains[domain]} holds {len(ids)} tokens: fewer than one stretch of {seq}.")
+            raise LabError(
+                f"Domain {self.domains[domain]} holds {len(ids)} tokens: fewer than one stretch of {seq}."
+            )
         starts = np.linspace(0, len(ids) - seq - 1, rows).astype(int)
         return torch.from_numpy(np.stack([ids[s : s + seq + 1] for s in starts]).astype(np.int64))
 
@@ -87,7 +89,9 @@ def encode_corpus(corpus: Path, tokenizer: BPETokenizer, out: Path) -> None:
 
 def load_tokens(folder: Path, split: str) -> Tokens:
     """Map the ids of one split, in the order of `DOMAINS`."""
-    return Tokens(DOMAINS, tuple(np.load(folder / f"{domain}.{split}.npy", mmap_mode="r") for domain in DOMAINS))
+    return Tokens(
+        DOMAINS, tuple(np.load(folder / f"{domain}.{split}.npy", mmap_mode="r") for domain in DOMAINS)
+    )
 
 
 def _ids(document: dict, tokenizer: BPETokenizer) -> Int[np.ndarray, " seq"]:
@@ -98,7 +102,9 @@ def _ids(document: dict, tokenizer: BPETokenizer) -> Int[np.ndarray, " seq"]:
     return np.asarray(ids, dtype=np.uint16)
 
 
-def bigram_loss(train: Int[np.ndarray, " seq"], held_out: Int[np.ndarray, " seq"], vocab: int) -> Float[Tensor, ""]:
+def bigram_loss(
+    train: Int[np.ndarray, " seq"], held_out: Int[np.ndarray, " seq"], vocab: int
+) -> Float[Tensor, ""]:
     """Nats per token of the best bigram model of one domain: the baseline that context must beat.
 
     `p(b | a) = (count(a, b) + m p(b)) / (count(a) + m)`, with counts from the training split; the strength `m` of
@@ -111,6 +117,7 @@ def bigram_loss(train: Int[np.ndarray, " seq"], held_out: Int[np.ndarray, " seq"
     test = np.asarray(held_out, dtype=np.int64)
     a, b = test[:-1], test[1:]
     losses = [
-        -np.log((pairs[a * vocab + b] + m * single[b]) / (before[a] + m)).mean() for m in (3.0, 10.0, 30.0, 100.0, 300.0)
+        -np.log((pairs[a * vocab + b] + m * single[b]) / (before[a] + m)).mean()
+        for m in (3.0, 10.0, 30.0, 100.0, 300.0)
     ]
     return torch.tensor(min(losses))

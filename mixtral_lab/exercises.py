@@ -1,0 +1,115 @@
+"""Checkers for the exercises of the lessons: each says whether an answer is right, and if not, what went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+from mixtral_lab.trace import Trace
+
+
+class Verdict(NamedTuple):
+    """`solved` is None while nothing was tried. In a notebook only the message is shown."""
+
+    solved: bool | None
+    message: str
+
+    def __repr__(self) -> str:
+        return {True: "Right. ", False: "Not yet. ", None: "Your turn. "}[self.solved] + self.message
+
+
+def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict:
+    """Lesson 01: a function from logits and k to {expert: weight}, the weights of the chosen experts alone."""
+    logits = [0.5, 2.0, -1.0, 1.0]
+    try:
+        got = answer(list(logits), 2)
+    except Exception as error:
+        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+    if got is None:
+        return Verdict(None, "The function still returns None.")
+    if not isinstance(got, dict):
+        return Verdict(
+            False, f"Return a dictionary from expert to weight, such as {{1: 0.7, 3: 0.3}}, not {got!r}."
+        )
+    right = _weights(logits, [1, 3])
+    over_all = _weights(logits, [0, 1, 2, 3])
+    if set(got) == {0, 1, 2, 3}:
+        return Verdict(False, "All four experts have a weight: keep only the k with the largest logits.")
+    if set(got) == {0, 2}:
+        return Verdict(False, "Those are the two smallest logits: sort the other way round.")
+    if set(got) != {1, 3}:
+        return Verdict(
+            False,
+            f"For logits {logits} the best two are experts 1 and 3 (counted from 0), not {sorted(got)}.",
+        )
+    if all(math.isclose(got[e], over_all[e], abs_tol=1e-4) for e in got):
+        total = sum(got.values())
+        return Verdict(
+            False,
+            f"Your weights sum to {total:.2f}: you shared the weight among all four. Choose first, then softmax.",
+        )
+    if all(math.isclose(got[e], logits[e] / (logits[1] + logits[3]), abs_tol=1e-4) for e in got):
+        return Verdict(
+            False, "You divided by the sum of the logits; softmax takes the exponential of each first."
+        )
+    if not all(math.isclose(got[e], right[e], abs_tol=1e-3) for e in got):
+        return Verdict(
+            False, f"The experts are right, the weights are not: expected about {_rounded(right)}."
+        )
+    try:
+        alone = answer([0.0, 3.0], 1)
+    except Exception as error:
+        return Verdict(False, f"With k = 1 your function stopped with {type(error).__name__}: {error}.")
+    if not isinstance(alone, dict) or set(alone) != {1} or not math.isclose(alone[1], 1.0, abs_tol=1e-3):
+        return Verdict(
+            False,
+            "With k = 1 the single winner must get the whole weight, 1.0: is k = 2 written into your code?",
+        )
+    return Verdict(True, "Choose first, then share one unit of weight among the winners.")
+
+
+def check_repetition(answer: object, trace: Trace, layer: int) -> Verdict:
+    """Lesson 01: the share of neighbouring tokens with the same first choice in one layer (Mixtral paper, Table 5)."""
+    if answer is None:
+        return Verdict(None, "The answer is still None.")
+    first = trace.routing.experts[layer, :, 0].tolist()
+    same = sum(a == b for a, b in pairwise(first))
+    pairs = len(first) - 1
+    right = same / pairs
+    try:
+        got = float(answer)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return Verdict(False, f"The answer must be one number, not {answer!r}.")
+    if math.isclose(got, right, abs_tol=1e-3):
+        return Verdict(
+            True,
+            f"{same} of {pairs} pairs repeat; by chance it would be 1 in {trace.routing.logits.shape[-1]}.",
+        )
+    if math.isclose(got, 1 - right, abs_tol=1e-3):
+        return Verdict(False, "That is the share of pairs that differ: subtract it from 1.")
+    if math.isclose(got, same / len(first), abs_tol=1e-4):
+        return Verdict(
+            False, f"You divided by the {len(first)} tokens, but there are only {pairs} pairs of neighbours."
+        )
+    if math.isclose(got, same, abs_tol=1e-3):
+        return Verdict(False, f"That is the number of pairs: divide it by how many pairs there are, {pairs}.")
+    sets = [set(chosen) for chosen in trace.routing.experts[layer].tolist()]
+    either = sum(bool(a & b) for a, b in pairwise(sets)) / pairs
+    if math.isclose(got, either, abs_tol=1e-3):
+        return Verdict(
+            False, "That counts a repeat when any chosen expert is shared: take the first choices alone."
+        )
+    if not 0 <= got <= 1:
+        return Verdict(False, f"A share lies between 0 and 1, but this is {got:g}.")
+    return Verdict(False, "Compare each token's first choice with the next token's, in this layer only.")
+
+
+def _weights(logits: list[float], chosen: list[int]) -> dict[int, float]:
+    total = sum(math.exp(logits[e]) for e in chosen)
+    return {e: math.exp(logits[e]) / total for e in chosen}
+
+
+def _rounded(weights: dict[int, float]) -> dict[int, float]:
+    return {e: round(w, 2) for e, w in weights.items()}

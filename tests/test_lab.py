@@ -1,0 +1,242 @@
+"""The public calls, on the trained models in the box."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mixtral_lab
+from mixtral_lab.checkpoint import CheckpointError
+from mixtral_lab.generate import PromptError
+from mixtral_lab.lab import _Writer
+from mixtral_lab.tokenizer import TextStream, TokenizerError
+from mixtral_lab.trace import TraceError
+
+STORY = "Once upon a time, there was a little"
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return mixtral_lab.load("mini-mixtral", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return mixtral_lab.load("mini-mistral", device="cpu")
+
+
+def test_a_bundled_model_is_found_by_name_and_by_path_from_anywhere(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("data/mini-mixtral", "mini-mixtral"):
+        assert mixtral_lab.load(path, device="cpu").config == lab.config
+    assert lab.config == mixtral_lab.PRESETS["mini-mixtral"].config
+
+
+def test_the_model_is_a_plain_module_in_float32(lab):
+    assert isinstance(lab.model, torch.nn.Module)
+    assert lab.dtype == "float32"
+    assert "21.5 M parameters" in repr(lab)
+    assert "8 experts" in repr(lab)
+
+
+def test_an_unknown_model_says_what_there_is():
+    with pytest.raises(CheckpointError, match="Bundled models are mini-mixtral, mini-mistral"):
+        mixtral_lab.load("no-such-model")
+    with pytest.raises(CheckpointError, match="a published shape without weights"):
+        mixtral_lab.load("mixtral-8x7b")
+
+
+def test_logits(lab):
+    ids = torch.tensor([lab.tokenizer.encode(STORY)] * 2)
+    logits = lab.logits(ids)
+    assert logits.shape == (2, ids.shape[1], 4096)
+    with pytest.raises(PromptError, match="ids are 0 to 4095"):
+        lab.logits(torch.tensor([[4096]]))
+    with pytest.raises(PromptError, match="shape"):
+        lab.logits(torch.tensor([1, 2]))
+
+
+def test_the_model_has_learned_to_tell_stories(lab):
+    text = lab.generate(STORY, max_new_tokens=40)
+    letters = sum(c.isalpha() or c in " .,\"'!?\n" for c in text)
+    assert letters > 0.95 * len(text)
+    assert len(set(text.split())) > 8
+
+
+def test_streaming_and_batches_write_the_same(lab):
+    alone = lab.generate(STORY, max_new_tokens=30)
+    assert "".join(lab.stream(STORY, max_new_tokens=30)) == alone
+    together = lab.generate([STORY, "def f(x):\n"], max_new_tokens=30)
+    assert together[0] == alone
+    assert together[1] == lab.generate("def f(x):\n", max_new_tokens=30)
+
+
+def test_a_seed_repeats_a_draw(lab):
+    draw = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95, "top_k": 200}
+    assert lab.generate(STORY, seed=3, **draw) == lab.generate(STORY, seed=3, **draw)
+    assert lab.generate(STORY, seed=3, **draw) != lab.generate(STORY, seed=4, **draw)
+
+
+def test_stop_strings_end_before_themselves(lab):
+    free = lab.generate(STORY, max_new_tokens=40)
+    stop = free[10:14]
+    assert lab.generate(STORY, max_new_tokens=40, stop=stop) == free[: free.index(stop)]
+    assert (
+        "".join(lab.stream(STORY, max_new_tokens=40, stop=["never there", stop])) == free[: free.index(stop)]
+    )
+    with pytest.raises(PromptError, match="stop string is empty"):
+        lab.generate(STORY, stop="")
+
+
+def test_a_stop_string_split_over_tokens_is_held_back(lab):
+    writer = _Writer(TextStream(lab.tokenizer), ["END"])
+    got = [writer.feed(token) for token in lab.tokenizer.encode("a EN b END c", bos=False)]
+    assert "".join(got) == "a EN b "
+    assert writer.done
+    assert writer.flush() == ""
+
+
+def test_what_only_looked_like_a_stop_comes_out_in_the_end(lab):
+    writer = _Writer(TextStream(lab.tokenizer), ["END"])
+    got = "".join(writer.feed(token) for token in lab.tokenizer.encode("so EN", bos=False))
+    assert got + writer.flush() == "so EN"
+
+
+def test_chat_answers_and_checks_roles(lab):
+    question = [{"role": "user", "content": "Who are you?"}]
+    answer = lab.chat(question, max_new_tokens=40)
+    assert answer
+    assert "[INST]" not in answer
+    assert answer == "".join(lab.stream(question, max_new_tokens=40)).strip()
+    with pytest.raises(TokenizerError):
+        lab.chat([{"role": "assistant", "content": "Hello"}])
+
+
+def test_trace_records_what_the_routers_say(lab):
+    trace = lab.trace(STORY)
+    ids = torch.tensor([lab.tokenizer.encode(STORY)])
+    assert trace.ids.tolist() == ids[0].tolist()
+    assert trace.tokens[0] == "<s>"
+    assert "".join(trace.tokens[1:]) == STORY.replace(" ", "␣")
+    said = []
+    hooks = [b.router.register_forward_hook(lambda m, i, out: said.append(out)) for b in lab.model.layers]
+    lab.logits(ids)
+    for hook in hooks:
+        hook.remove()
+    for layer, routing in enumerate(said):
+        torch.testing.assert_close(trace.routing.logits[layer], routing.logits[0])
+        assert torch.equal(trace.routing.experts[layer], routing.experts[0])
+        torch.testing.assert_close(trace.routing.weights[layer], routing.weights[0])
+    seq = ids.shape[1]
+    assert trace.routing.logits.shape == (8, seq, 8)
+    assert trace.routing.weights.shape == (8, seq, 2)
+    torch.testing.assert_close(trace.routing.weights.sum(-1), torch.ones(8, seq))
+
+
+def test_trace_leaves_no_hooks_behind(lab):
+    lab.trace(STORY)
+    assert not any(module._forward_hooks for module in lab.model.modules())
+
+
+def test_written_tokens_are_traced_like_read_ones(lab):
+    written = lab.trace(STORY, max_new_tokens=12)
+    assert len(written) == written.n_prompt + 12
+    text = lab.generate(STORY, max_new_tokens=12)
+    assert lab.tokenizer.decode(written.ids[written.n_prompt :]) == text
+    read = lab.trace_ids(written.ids.tolist())
+    torch.testing.assert_close(written.routing.logits, read.routing.logits, atol=1e-3, rtol=1e-3)
+    assert (written.routing.experts == read.routing.experts).float().mean() > 0.99
+
+
+def test_several_texts_give_several_traces(lab):
+    traces = lab.trace([STORY, "x = 1"])
+    assert [trace.n_prompt for trace in traces] == [len(lab.tokenizer.encode(t)) for t in (STORY, "x = 1")]
+    table = mixtral_lab.trace.frame(traces)
+    assert set(table["text"]) == {0, 1}
+
+
+def test_the_table_is_tidy(lab):
+    trace = lab.trace(STORY, max_new_tokens=2)
+    table = trace.frame()
+    layers, seq, choices = trace.routing.experts.shape
+    assert len(table) == layers * seq * choices
+    assert list(table.columns) == [
+        "text", "position", "id", "token", "written", "layer", "choice", "expert", "weight", "logit",
+    ]  # fmt: skip
+    row = table[(table.layer == 3) & (table.position == 4) & (table.choice == 1)].iloc[0]
+    assert row.expert == trace.routing.experts[3, 4, 1]
+    assert row.weight == pytest.approx(trace.routing.weights[3, 4, 1].item())
+    assert row.logit == pytest.approx(trace.routing.logits[3, 4, row.expert].item())
+    assert row.token == trace.tokens[4]
+    assert table.written.sum() == 2 * layers * choices
+
+
+def test_a_trace_survives_its_file(lab, tmp_path):
+    trace = lab.trace("Hé ␣ 日本 <script>", max_new_tokens=3)
+    path = trace.save(tmp_path / "a.safetensors")
+    again = mixtral_lab.Trace.load(path)
+    for a, b in zip(trace.routing, again.routing, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+    assert torch.equal(trace.ids, again.ids)
+    assert (trace.tokens, trace.n_prompt, trace.model, trace.dtype) == (
+        again.tokens, again.n_prompt, again.model, again.dtype,
+    )  # fmt: skip
+    trace.save(path)  # a trace may replace a trace
+
+
+def test_other_files_are_refused_and_left_alone(lab, tmp_path):
+    trace = lab.trace("a")
+    path = tmp_path / "precious.txt"
+    path.write_text("do not lose me")
+    with pytest.raises(TraceError, match="left alone"):
+        trace.save(path)
+    assert path.read_text() == "do not lose me"
+    with pytest.raises(TraceError, match="is not a trace"):
+        mixtral_lab.Trace.load(path)
+    with pytest.raises(TraceError, match="no file"):
+        mixtral_lab.Trace.load(tmp_path / "missing.safetensors")
+
+
+def test_a_dense_model_has_no_routing_and_says_so(dense):
+    trace = dense.trace(STORY, max_new_tokens=3)
+    assert len(trace) == trace.n_prompt + 3
+    with pytest.raises(TraceError, match="dense model"):
+        _ = trace.routing
+
+
+def test_the_dense_model_goes_beyond_its_window(dense):
+    assert dense.config.window == 128
+    assert len(dense.tokenizer.encode(dense.generate(STORY, max_new_tokens=200))) > 128
+
+
+def test_an_empty_prompt_is_named(lab):
+    for call in (lab.trace, lab.generate, lambda text: list(lab.stream(text))):
+        with pytest.raises(PromptError, match="prompt is empty"):
+            call("")
+
+
+def test_too_long_for_the_context(lab):
+    with pytest.raises(PromptError, match="at most 2048"):
+        lab.trace("a b " * 3000)
+    with pytest.raises(PromptError, match="at most 2048"):
+        lab.trace("a", max_new_tokens=4000)
+
+
+def test_experts_are_used_evenly_enough_and_know_the_domain():
+    """What data/README.md claims of the routing, on the excerpts that come with it."""
+    from mixtral_lab.analysis.routing import domain_counts, domain_information
+
+    lab = mixtral_lab.load("mini-mixtral", device="cpu")
+    traces = {
+        domain: [
+            lab.trace_ids(lab.tokenizer.chat(p["messages"][:1])) if "messages" in p else lab.trace(p["text"])
+            for p in passages
+        ]
+        for domain, passages in mixtral_lab.excerpts().items()
+    }
+    _, counts = domain_counts(traces)
+    share = (counts / counts.sum(-1, keepdims=True)).mean(0)
+    assert share.max() < 0.30
+    assert share.min() > 0.03
+    assert max(domain_information(counts[:, layer]) for layer in range(8)) > 0.05
