@@ -42,7 +42,7 @@ from mixtral_lab.weights import free_memory, load_model, resolve_device, resolve
 
 PROMPT, WRITTEN = 512, 64  # tokens read (prefill), and tokens then written (decode)
 OURS, THEIRS = "mixtral_lab", "transformers"
-ATTENTION = ("sdpa", "eager")  # the variants of transformers
+ATTENTION = ("sdpa", "eager")  # variants of transformers: the first is timed, the second only has its logits compared
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 LARGEST = 1e-4  # how far float32 logits may differ
 TYPICAL = 0.1  # in half precision near ties may be routed otherwise: there the median position is held to this
@@ -361,8 +361,8 @@ def run(
     parity: list[Parity] = []
     measurements: list[Measurement] = []
     chosen = usual_shapes() if shapes is None else shapes
-    variants = len(ATTENTION) * len(EXPERTS)
-    rounds = variants + (1 + variants + 1 + 2 * variants) * (repeats + 1) + 2 * repeats
+    timed = (1 + len(EXPERTS)) + (1 + 2 * len(EXPERTS))  # prefill, decode
+    rounds = len(ATTENTION) * len(EXPERTS) + timed * (repeats + 1) + 2 * repeats
     with tqdm(total=len(chosen) * rounds, disable=None, leave=False) as bar:
         for number, shape in enumerate(chosen, start=1):
             with tempfile.TemporaryDirectory(prefix="mixtral-lab-bench-") as home:
@@ -377,16 +377,13 @@ def run(
                 bench = _Bench(shape, where, numbers, repeats, bar)
                 ours = Ours(load_model(folder, where, numbers))
                 model = _load_theirs(folder, where, numbers)
-                theirs = [Theirs(model, *variant) for variant in product(ATTENTION, EXPERTS)]
-                writers = [
-                    *theirs,
-                    *(Theirs(model, *variant, True) for variant in product(ATTENTION, EXPERTS)),
-                ]
-
-                parity += bench.check(ours, theirs)
+                parity += bench.check(ours, [Theirs(model, *variant) for variant in product(ATTENTION, EXPERTS)])
+                theirs = [Theirs(model, ATTENTION[0], experts) for experts in EXPERTS]
+                writers = [*theirs, *(Theirs(model, ATTENTION[0], experts, by_generate=True) for experts in EXPERTS)]
                 possible = [one for one in theirs if one.copied(prompt) < (free_memory(where) or sys.maxsize) / 4]
                 notes += [
-                    f"{shape.name}: left out of prefill: {one.name}, which would copy {one.copied(prompt) / 1e9:.1f} GB of weights."
+                    f"{shape.name}: left out of prefill: {one.name}, which would copy {one.copied(prompt) / 1e9:.1f} GB "
+                    "of weights."
                     for one in theirs
                     if one not in possible
                 ]
@@ -457,16 +454,7 @@ class _Bench:
         for _ in range(self.repeats):
             for who in random.sample((OURS, THEIRS), 2):
                 self.bar.set_description(f"{self.shape.name}: loading")
-                command = [sys.executable, "-m", "mixtral_lab.bench", who, str(folder), str(self.device)]
-                answer = subprocess.run(
-                    [*command, str(self.dtype).removeprefix("torch.")],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if answer.returncode:
-                    raise BenchError(f"{who} could not load {self.shape.name}: {answer.stderr.strip()[-500:]}")
-                for what, value in json.loads(answer.stdout.splitlines()[-1]).items():
+                for what, value in _load_in_new_process(who, folder, self.device, self.dtype).items():
                     values.setdefault((what, who), []).append(value)
                 self.bar.update()
         return [
@@ -524,11 +512,22 @@ def _processor() -> str:
 # --- One load, in a process of its own -----------------------------------------------------------------------
 
 
+def _load_in_new_process(who: str, folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    command = [sys.executable, "-m", "mixtral_lab.bench", who, str(folder), str(device)]
+    numbers = str(dtype).removeprefix("torch.")
+    answer = subprocess.run([*command, numbers], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise BenchError(f"{who} could not load {folder}: {answer.stderr.strip()[-500:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
 def load_one(who: str, folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Load once and read a few tokens. Imports, and on CUDA its start-up, are over before the clock starts.
 
-    Private memory is what no other process could share; peak memory also counts pages of the mapped files. Both
-    are beyond what the process held before. On CUDA both are what PyTorch allocated there.
+    Private memory is what this process holds at the end and no file backs: copies. Peak memory also counts the pages of
+    mapped files that were touched, which the system takes back when it needs them. Both are beyond what the process
+    held before. On CUDA both are what PyTorch allocated there. (Systems other than Linux do not tell pages
+    apart so finely: there private memory includes mapped pages, and the peak is that at the end.)
     """
     if who == THEIRS:
         _transformers().MixtralForCausalLM  # noqa: B018 (transformers imports a model when it is first named)
@@ -568,11 +567,18 @@ class _Memory:
                 "peak memory": held(self.device),
             }
         memory = psutil.Process().memory_full_info()
-        found = {"private memory": memory.uss, "peak memory": memory.rss}
-        if peak and sys.platform == "linux":
-            status = Path("/proc/self/status").read_text("utf-8").splitlines()
-            found["peak memory"] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-        return found
+        if sys.platform != "linux":
+            return {"private memory": memory.uss, "peak memory": memory.rss}
+        return {
+            "private memory": _kilobytes("smaps_rollup", "Anonymous") * 1024,
+            "peak memory": _kilobytes("status", "VmHWM") * 1024 if peak else memory.rss,
+        }
+
+
+def _kilobytes(file: str, field: str) -> int:
+    """One line of what Linux tells about this process, such as `VmHWM:  104 kB`, the most memory it ever held."""
+    lines = Path("/proc/self", file).read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

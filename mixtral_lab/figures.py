@@ -180,9 +180,7 @@ def token_layer_map(trace: Trace) -> go.Figure:
             row = layer * len(parts) + part
             about[row, :, 0], about[row, :, 1:] = layer, pairs
             if choice is not None:
-                weight = np.clip(
-                    decided.weights[layer, :, choice], 0, 0.999
-                )  # 1 would be the next expert's 0
+                weight = np.clip(decided.weights[layer, :, choice], 0, 0.999)  # 1 would be the next expert's 0
                 z[row] = decided.experts[layer, :, choice] + weight
 
     scale = []
@@ -230,29 +228,39 @@ def token_layer_map(trace: Trace) -> go.Figure:
         )  # fmt: skip
         if at > 0.8 * seq:
             fig.layout.annotations[-1].update(text="written by the model ↘", xanchor="right", xshift=3)
-    every = 1 if seq <= 72 else None  # past that plotly thins the labels, and brings them back on zooming in
     fig.update_xaxes(
-        type="category", range=[-0.5, seq - 0.5], dtick=every, tickangle=-90, title="token", title_standoff=6, showgrid=False, ticks="",
-        tickfont={"family": MONO, "size": 10 if cell < 16 else 11}, automargin=False,
-    )  # fmt: skip
-    step = -(-layers // 16)
+        title="token",
+        title_standoff=6,
+        type="category",
+        range=[-0.5, seq - 0.5],
+        dtick=1 if seq <= 72 else None,  # past that plotly thins the labels, and brings them back on zooming in
+        showgrid=False,
+        tickangle=-90,
+        tickfont={"family": MONO, "size": 10 if cell < 16 else 11},
+    )
+    labelled = range(0, layers, -(-layers // 16))
     fig.update_yaxes(
-        range=[0, edges[-1]], tickvals=[layer + 0.46 for layer in range(0, layers, step)],
-        ticktext=[str(layer) for layer in range(0, layers, step)], title="layer", showgrid=False, zeroline=False, ticks="", fixedrange=True,
-    )  # fmt: skip
+        title="layer",
+        range=[0, layers],
+        tickvals=[layer + 0.46 for layer in labelled],
+        ticktext=[str(layer) for layer in labelled],
+        showgrid=False,
+        zeroline=False,
+        fixedrange=True,
+    )
     meaning = "Upper part of a cell: first choice; lower part: second." if drawn == 2 else "A cell: the expert chosen."
-    natural = 90 + cell * seq
+    natural = round(90 + cell * seq)
     width = max(natural, 620)  # below that the title would not fit
     return _frame(
         fig,
         f"Who reads each token, layer by layer: {_maker(trace.model, trace.dtype)}",
         f"{meaning} The fainter, the less weight.",
         decided.n_experts,
-        plot=layers * layer_height,
+        plot=round(layers * layer_height),
         toggles=False,
         width=width,
         left=60,
-        right=round(30 + width - natural),
+        right=30 + width - natural,
         below=below,
     )
 
@@ -271,20 +279,18 @@ def expert_shares(
     (arXiv 2401.04088, Figure 7). Raises `FigureError` if the array is not such shares.
     """
     if len(shares) != len(domains) or not len(domains):
-        raise FigureError(
-            f"There are shares of {len(shares)} domains but names of {len(domains)}: {list(domains)}."
-        )
+        raise FigureError(f"There are shares of {len(shares)} domains but names of {len(domains)}: {list(domains)}.")
+    if len(set(domains)) < len(domains):
+        raise FigureError(f"Two domains have the same name, so their bars would stand on each other: {list(domains)}.")
     if not np.isfinite(shares).all() or (shares < 0).any() or not np.allclose(shares.sum(-1), 1, atol=1e-3):
-        raise FigureError(
-            "Shares must be 0 or more and sum to 1 over the experts, for every domain and layer."
-        )
+        raise FigureError("Shares must be 0 or more and sum to 1 over the experts, for every domain and layer.")
     shown, n_experts = _layers(layers, shares.shape[1]), shares.shape[2]
-    panel, gap, below = 170, 46, 52
+    names = [_plain(domain) for domain in domains]
+    longest = max(_cells(domain) for domain in domains)
+    upright = longest * 7.3 < (WIDTH - 96) / len(domains)  # else names stand on end, below the last panel only
+    panel, gap, below = 170, 46 if upright else 34, 52 if upright else 44 + round(7.3 * longest)
     height = len(shown) * panel + (len(shown) - 1) * gap
-    fig = make_subplots(
-        len(shown), 1, shared_xaxes=True, vertical_spacing=gap / height if len(shown) > 1 else 0
-    )
-    names = [_plain(str(domain)) for domain in domains]
+    fig = make_subplots(len(shown), 1, shared_xaxes=True, vertical_spacing=gap / height if len(shown) > 1 else 0)
     highest = float(shares[:, shown].max())
     for row, layer in enumerate(shown, start=1):
         for expert in range(n_experts):
@@ -311,7 +317,9 @@ def expert_shares(
         _panel_title(fig, f"layer {layer}", axis.domain[1])
     fig.update_yaxes(title="share of assignments", row=(len(shown) + 1) // 2, col=1)
     fig.update_xaxes(title="domain", title_standoff=6, row=len(shown), col=1)
-    fig.update_xaxes(type="category", showticklabels=True, fixedrange=True)
+    fig.update_xaxes(type="category", tickangle=0 if upright else -90, ticks="", fixedrange=True)
+    if upright:
+        fig.update_xaxes(showticklabels=True)
     fig.update_layout(bargap=0.18, bargroupgap=0.04)
     return _frame(
         fig,
@@ -404,9 +412,7 @@ def _layers(asked: Sequence[int] | None, n_layers: int) -> list[int]:
     if asked is None:
         return sorted({0, (n_layers - 1) // 2, n_layers - 1})
     if not len(asked):
-        raise FigureError(
-            "No layer was asked for: give at least one, or None for the first, middle and last."
-        )
+        raise FigureError("No layer was asked for: give at least one, or None for the first, middle and last.")
     for layer in asked:
         if not 0 <= layer < n_layers:
             raise FigureError(f"There is no layer {layer}: this model's layers are 0 to {n_layers - 1}.")
@@ -418,9 +424,9 @@ def _frame(
     title: str,
     subtitle: str,
     n_experts: int,
-    plot: float,
+    plot: int,
     toggles: bool,
-    width: float = WIDTH,
+    width: int = WIDTH,
     left: int = MARGIN,
     right: int = MARGIN,
     below: int = 14,
@@ -441,8 +447,8 @@ def _frame(
     fig.update_yaxes(title_font_size=13, linecolor=RULE)
     return fig.update_layout(
         template="none",
-        width=round(width),
-        height=round(height),
+        width=width,
+        height=height,
         margin={"l": left, "r": right, "t": top, "b": below},
         paper_bgcolor="white",
         plot_bgcolor="white",

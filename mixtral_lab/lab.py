@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mixtral_lab import bundled
@@ -58,8 +58,11 @@ class Lab:
         )
 
     @torch.inference_mode()
-    def logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        """Scores of every possible next token after each position. Raises `PromptError` for ids it cannot read."""
+    def logits(self, ids: Tensor) -> Float[Tensor, "batch seq vocab"]:
+        """Scores of every possible next token after each position, from ids `batch seq`.
+
+        Raises `PromptError` for ids of another shape or kind, out of the vocabulary, or too many.
+        """
         ids = torch.as_tensor(ids)
         check_ids(self.config, ids)
         return self.model(ids.to(self.device))

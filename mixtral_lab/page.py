@@ -67,7 +67,7 @@ def trace_page(trace: Trace, title: str | None = None) -> str:
         seq=seq,
         n_layers=layers,
         n_experts=decided.n_experts,
-        height=round(layers * min(max(220 / layers, 9), 34)),
+        height=round(layers * min(max(220 / layers, 11), 34)),
         min_width=seq * 2,
         words_width=160 if choices <= 2 else 320,
         max_width=width,
@@ -144,7 +144,9 @@ def _text(trace: Trace, first: np.ndarray) -> str:
     for name, part in (("Prompt", given), (f"Written by {trace.model}", written)):
         if part:
             label = html.escape(name)
-            boxes.append(f'<h2>{label}</h2>\n<div class="tokens" role="group" aria-label="{label}">{"".join(part)}</div>')
+            boxes.append(
+                f'<h2>{label}</h2>\n<div class="tokens" role="group" aria-label="{label}">{"".join(part)}</div>'
+            )
     return "\n".join(boxes)
 
 

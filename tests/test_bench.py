@@ -8,9 +8,10 @@ import statistics
 import pytest
 import torch
 from rich.console import Console
+from tqdm import tqdm
 
 from mixtral_lab import bench
-from mixtral_lab.bench import ATTENTION, EXPERTS, OURS, BenchError, Report, Shape
+from mixtral_lab.bench import ATTENTION, EXPERTS, OURS, THEIRS, BenchError, Report, Shape
 from mixtral_lab.config import Config
 
 TINY = Shape(
@@ -20,12 +21,15 @@ TINY = Shape(
         n_experts=4, n_choices=2,
     ),
 )  # fmt: skip
-VARIANTS = len(ATTENTION) * len(EXPERTS)
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return bench.run([TINY], device="cpu", repeats=2, prompt=12, written=3)
+    """One whole run, except that loading is timed in this process: a new one takes seconds to import everything."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_load_in_new_process", bench.load_one)
+        return bench.run([TINY], device="cpu", repeats=2, prompt=12, written=3)
 
 
 def test_every_row_is_there(report):
@@ -38,8 +42,8 @@ def test_every_row_is_there(report):
     assert list(rows) == [
         "prefill 12 tokens", "decode 3 tokens", "load", "load to first logits", "private memory", "peak memory",
     ]  # fmt: skip
-    assert len(rows["prefill 12 tokens"]) == 1 + VARIANTS
-    assert len(rows["decode 3 tokens"]) == 1 + 2 * VARIANTS
+    assert len(rows["prefill 12 tokens"]) == 1 + len(EXPERTS)
+    assert len(rows["decode 3 tokens"]) == 1 + 2 * len(EXPERTS)
     for contenders in rows.values():
         assert OURS in contenders
         assert len(set(contenders)) == len(contenders) > 1
@@ -59,7 +63,7 @@ def test_the_ratios_follow_from_the_values(report):
 
 
 def test_parity_is_checked_for_every_variant(report):
-    assert len(report.parity) == len({one.contender for one in report.parity}) == VARIANTS
+    assert len(report.parity) == len({one.contender for one in report.parity}) == len(ATTENTION) * len(EXPERTS)
     for one in report.parity:
         assert 0 <= one.typical <= one.largest <= bench.LARGEST
 
@@ -88,6 +92,20 @@ def test_the_table_shows_every_contender(report):
         assert one.contender in text
         assert one.what in text
     assert report.machine["torch"] in text
+
+
+def test_loading_is_timed_in_a_fresh_process(tmp_path):
+    folder = bench._write_checkpoint(TINY, torch.float32, tmp_path / "checkpoint")
+    found = bench._Bench(TINY, torch.device("cpu"), torch.float32, 1, tqdm(disable=True)).load(folder)
+    rows = {(one.what, one.contender): one for one in found}
+    assert len(rows) == len(found) == 8
+    for who in (OURS, THEIRS):
+        assert 0 < rows["load", who].median < rows["load to first logits", who].median
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    with pytest.raises(BenchError, match="There is no file or folder"):
+        bench._load_in_new_process(OURS, tmp_path / "nothing", torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
