@@ -20,7 +20,7 @@ check: .venv/.ok
 # Run every lesson again; keep the few outputs that the tests compare, strip the rest.
 notebooks: .venv/.ok
 	$(BIN)/jupyter execute --inplace $(LESSONS)
-	$(BIN)/nbstripout --keep-count --keep-metadata-keys "" $(LESSONS)
+	$(BIN)/nbstripout --keep-count $(LESSONS)
 
 # The text that the mini models were trained on (a few minutes, 400 MB of downloads and text; needs npm and apt-get).
 corpus: .venv/.ok

@@ -17,9 +17,7 @@ def folder(name: str) -> Path:
     for place in PLACES:
         if (place / name).is_dir():
             return place / name
-    raise LabError(
-        f"{name!r} was not found in {' or '.join(map(str, PLACES))}: was the package installed whole?"
-    )
+    raise LabError(f"{name!r} was not found in {' or '.join(map(str, PLACES))}: was the package installed whole?")
 
 
 def has(name: str) -> bool:

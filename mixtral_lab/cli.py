@@ -27,9 +27,7 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
-Model = Annotated[
-    str, typer.Option(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")
-]
+Model = Annotated[str, typer.Option(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
@@ -56,9 +54,7 @@ def trace(
     text: Annotated[str, typer.Argument(help="The prompt.")],
     model: Model = "mini-mixtral",
     new: Annotated[int, typer.Option(min=0, help="How many tokens the model writes on.")] = 40,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write a page to look at in a browser, offline.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to look at in a browser, offline.")] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the trace itself (.safetensors).")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -72,9 +68,7 @@ def trace(
     with err.status("reading and writing"):
         found = lab.trace(text, max_new_tokens=new)
     routing = found.routing  # a dense model says so here, before anything is printed
-    out.print(
-        Text(text, style="dim"), Text(lab.tokenizer.decode(found.ids[found.n_prompt :]), style="bold"), sep=""
-    )
+    out.print(Text(text, style="dim"), Text(lab.tokenizer.decode(found.ids[found.n_prompt :]), style="bold"), sep="")
     out.print()
     out.print(_expert_table(found))
     out.print(
@@ -111,9 +105,7 @@ def _expert_table(found: Trace) -> Table:
 
 @command
 def info(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a GGUF file, a bundled model, or a published shape.")
-    ],
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, a bundled model, or a published shape.")],
     tensors: Annotated[bool, typer.Option(help="List every tensor of the checkpoint.")] = True,
 ) -> None:
     """Show a model's shape, parameters, memory and tensors, without loading it. Works for published shapes too."""
@@ -135,28 +127,16 @@ def info(
     if path is None:
         out.print("A shape without weights: there are no tensors to list.", style="dim")
     elif tensors:
-        table = Table(
-            "stored as", "shape", "dtype", "MB", "our name", box=None, header_style="dim", pad_edge=False
-        )
+        table = Table("stored as", "shape", "dtype", "MB", "our name", box=None, header_style="dim", pad_edge=False)
         for one in describe(path):
-            ours = (
-                one.ours[0] + (f" and {len(one.ours) - 1} more" if len(one.ours) > 1 else "")
-                if one.ours
-                else "-"
-            )
-            table.add_row(
-                one.name, " x ".join(map(str, one.shape)), one.dtype, f"{one.bytes / 1e6:.2f}", ours
-            )
+            ours = one.ours[0] + (f" and {len(one.ours) - 1} more" if len(one.ours) > 1 else "") if one.ours else "-"
+            table.add_row(one.name, " x ".join(map(str, one.shape)), one.dtype, f"{one.bytes / 1e6:.2f}", ours)
         out.print(table)
 
 
 def _config_table(config: Config) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    experts = (
-        "none: dense"
-        if config.n_experts is None
-        else f"{config.n_experts}, {config.n_choices} for each token"
-    )
+    experts = "none: dense" if config.n_experts is None else f"{config.n_experts}, {config.n_choices} for each token"
     for name, value in (
         ("layers", config.n_layers),
         ("residual stream (dim)", config.dim),
@@ -189,9 +169,7 @@ def _memory_table(config: Config) -> Table:
 @command
 def chat(
     model: Model = "mini-mixtral",
-    system: Annotated[
-        str | None, typer.Option(help="A message that sets the tone before the first question.")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="A message that sets the tone before the first question.")] = None,
     new: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     device: Device = "auto",
@@ -227,9 +205,7 @@ def chat(
 def bench(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[
-        int, typer.Option(min=2, help="How often each contender runs; medians are reported.")
-    ] = 5,
+    repeats: Annotated[int, typer.Option(min=2, help="How often each contender runs; medians are reported.")] = 5,
     small: Annotated[bool, typer.Option(help="Only mini-mixtral, not the 0.75 B shape.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write every raw value here.")] = None,
 ) -> None:

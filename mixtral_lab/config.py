@@ -41,18 +41,14 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden", "vocab", "context"):
             if not _is_count(getattr(self, name)):
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, but it must be a whole number above 0."
-                )
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be a whole number above 0.")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly: "
                 "n_heads must be a multiple of n_kv_heads."
             )
         if self.head_dim % 2:
-            raise ConfigError(
-                f"head_dim is {self.head_dim}, but rotary positions turn pairs: it must be even."
-            )
+            raise ConfigError(f"head_dim is {self.head_dim}, but rotary positions turn pairs: it must be even.")
         if (self.n_experts is None) != (self.n_choices is None):
             raise ConfigError(
                 f"n_experts is {self.n_experts} and n_choices is {self.n_choices}: "
@@ -60,17 +56,13 @@ class Config:
             )
         if self.n_experts is not None and self.n_choices is not None:
             if not (_is_count(self.n_experts) and _is_count(self.n_choices)):
-                raise ConfigError(
-                    f"n_experts={self.n_experts!r}, n_choices={self.n_choices!r}: both must be above 0."
-                )
+                raise ConfigError(f"n_experts={self.n_experts!r}, n_choices={self.n_choices!r}: both must be above 0.")
             if self.n_choices > self.n_experts:
                 raise ConfigError(f"A token cannot choose {self.n_choices} of {self.n_experts} experts.")
         if self.window is not None and not _is_count(self.window):
             raise ConfigError(f"window is {self.window!r}: it must be at least 1, or None for no window.")
         if not self.rope_theta > 0 or not self.norm_eps > 0:
-            raise ConfigError(
-                f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must both be above 0."
-            )
+            raise ConfigError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must both be above 0.")
 
     @property
     def group(self) -> int:
@@ -80,9 +72,7 @@ class Config:
     @property
     def parameters(self) -> int:
         """Numbers stored in the checkpoint."""
-        return (
-            self._outside_the_feed_forwards + self.n_layers * (self.n_experts or 1) * self._one_feed_forward
-        )
+        return self._outside_the_feed_forwards + self.n_layers * (self.n_experts or 1) * self._one_feed_forward
 
     @property
     def active_parameters(self) -> int:
@@ -91,9 +81,7 @@ class Config:
         This is the paper's "active parameter count": everything but the experts that were not chosen.
         Mixtral 8x7B: 12.9 of 46.7 billion (arXiv 2401.04088, section 3).
         """
-        return (
-            self._outside_the_feed_forwards + self.n_layers * (self.n_choices or 1) * self._one_feed_forward
-        )
+        return self._outside_the_feed_forwards + self.n_layers * (self.n_choices or 1) * self._one_feed_forward
 
     @property
     def _one_feed_forward(self) -> int:

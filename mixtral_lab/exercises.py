@@ -30,9 +30,7 @@ def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict
     if got is None:
         return Verdict(None, "The function still returns None.")
     if not isinstance(got, dict):
-        return Verdict(
-            False, f"Return a dictionary from expert to weight, such as {{1: 0.7, 3: 0.3}}, not {got!r}."
-        )
+        return Verdict(False, f"Return a dictionary from expert to weight, such as {{1: 0.7, 3: 0.3}}, not {got!r}.")
     right = _weights(logits, [1, 3])
     over_all = _weights(logits, [0, 1, 2, 3])
     if set(got) == {0, 1, 2, 3}:
@@ -51,13 +49,9 @@ def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict
             f"Your weights sum to {total:.2f}: you shared the weight among all four. Choose first, then softmax.",
         )
     if all(math.isclose(got[e], logits[e] / (logits[1] + logits[3]), abs_tol=1e-4) for e in got):
-        return Verdict(
-            False, "You divided by the sum of the logits; softmax takes the exponential of each first."
-        )
+        return Verdict(False, "You divided by the sum of the logits; softmax takes the exponential of each first.")
     if not all(math.isclose(got[e], right[e], abs_tol=1e-3) for e in got):
-        return Verdict(
-            False, f"The experts are right, the weights are not: expected about {_rounded(right)}."
-        )
+        return Verdict(False, f"The experts are right, the weights are not: expected about {_rounded(right)}.")
     try:
         alone = answer([0.0, 3.0], 1)
     except Exception as error:
@@ -98,9 +92,7 @@ def check_repetition(answer: object, trace: Trace, layer: int) -> Verdict:
     sets = [set(chosen) for chosen in trace.routing.experts[layer].tolist()]
     either = sum(bool(a & b) for a, b in pairwise(sets)) / pairs
     if math.isclose(got, either, abs_tol=1e-3):
-        return Verdict(
-            False, "That counts a repeat when any chosen expert is shared: take the first choices alone."
-        )
+        return Verdict(False, "That counts a repeat when any chosen expert is shared: take the first choices alone.")
     if not 0 <= got <= 1:
         return Verdict(False, f"A share lies between 0 and 1, but this is {got:g}.")
     return Verdict(False, "Compare each token's first choice with the next token's, in this layer only.")

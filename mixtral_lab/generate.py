@@ -114,6 +114,13 @@ def prefill(
 
 
 @torch.inference_mode()
+def decode(
+    model: Transformer, ids: Int[Tensor, " batch"], cache: Cache, padding: Int[Tensor, " batch"] | None = None
+) -> Float[Tensor, "batch vocab"]:
+    """Read one token more of every text; return the logits after it."""
+    return model(ids[:, None], cache, padding, last_only=True)[:, -1]
+
+
 def generate_ids(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -159,4 +166,4 @@ def generate_ids(
         done = [ended or token in stop_ids for ended, token in zip(done, picked, strict=True)]
         if all(done) or step + 1 == max_new_tokens:
             return
-        logits = model(new[:, None], cache, padding, last_only=True)[:, -1]
+        logits = decode(model, new, cache, padding)

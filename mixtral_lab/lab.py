@@ -48,9 +48,7 @@ class Lab:
     def __repr__(self) -> str:
         config = self.config
         experts = (
-            f", {config.n_experts} experts of which each token takes {config.n_choices}"
-            if config.n_experts
-            else ""
+            f", {config.n_experts} experts of which each token takes {config.n_choices}" if config.n_experts else ""
         )
         return (
             f"Lab({self.name}: {config.parameters / 1e6:,.1f} M parameters, {config.active_parameters / 1e6:,.1f} M "
@@ -68,7 +66,7 @@ class Lab:
         return self.model(ids.to(self.device))
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, prompt: str, max_new_tokens: int = ..., temperature: float = ..., top_p: float = ...,
         seed: int | None = ..., stop: str | Sequence[str] = ..., top_k: int | None = ...,
     ) -> str: ...  # fmt: skip
@@ -97,9 +95,7 @@ class Lab:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = [self._read(text) for text in prompts]
         sampling = Sampling(temperature, top_p, top_k, seed)
-        texts = [
-            "".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)
-        ]
+        texts = ["".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)]
         texts = texts or ["" for _ in prompts]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -133,7 +129,7 @@ class Lab:
         return "".join(self.stream(messages, max_new_tokens, temperature, top_p, seed, stop, top_k)).strip()
 
     @overload
-    def trace(self, text: str, max_new_tokens: int = ...) -> Trace: ...
+    def trace(self, text: str, max_new_tokens: int = ...) -> Trace: ...  # type: ignore[overload-overlap]
 
     @overload
     def trace(self, text: Sequence[str], max_new_tokens: int = ...) -> list[Trace]: ...
@@ -155,9 +151,7 @@ class Lab:
         check_length(self.config, len(ids) + max_new_tokens)
         with recording(self.model) as recorder:
             # One token more than asked for: the last one written is never read, so nothing is known of it.
-            steps = list(
-                generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids)
-            )
+            steps = list(generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids))
         whole = ids + [new[0] for new in steps[:-1] if new[0] is not None]
         return Trace(
             ids=torch.tensor(whole),
@@ -217,9 +211,7 @@ class _Writer:
         if ends:
             self.done, self._held = True, ""
             return text[: min(ends)]
-        keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
-        )
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -131,12 +131,12 @@ class Tokenizer(ABC):
             ) from None
         return ([self.bos_id] if bos and self.bos_id is not None else []) + self._text_ids(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text that ids stand for, without control tokens; broken characters become U+FFFD."""
         stream = TextStream(self)
         return "".join([stream.feed(token_id) for token_id in ids]) + stream.flush()
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
+    def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
         """One readable string per token: `["<s>", "def", "␣f", "():", "⏎", "⇥", "⟨E2 82⟩", "⟨AC⟩"]`.
 
         Spaces, line breaks and tabs are shown as signs; control tokens by name; whatever is not a whole,
@@ -144,13 +144,11 @@ class Tokenizer(ABC):
         """
         return [self._names.get(int(i)) or readable(self.token_bytes(i)) for i in ids]
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: SupportsInt) -> bytes:
         """The bytes that a token stands for (they may end inside a character); none for control tokens."""
         token_id = int(token_id)
         if not 0 <= token_id < self.vocab:
-            raise TokenizerError(
-                f"Token id {token_id} does not exist: this tokenizer's ids are 0 to {self.vocab - 1}."
-            )
+            raise TokenizerError(f"Token id {token_id} does not exist: this tokenizer's ids are 0 to {self.vocab - 1}.")
         return self._bytes[token_id]
 
     def is_control(self, token_id: int) -> bool:
@@ -170,7 +168,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokenizer.leading_space and not continues
 
-    def feed(self, token_id: int) -> str:
+    def feed(self, token_id: SupportsInt) -> str:
         """The characters that this token completes."""
         data = self._tokenizer.token_bytes(token_id)
         if data and self._drop_space:
@@ -217,11 +215,7 @@ def check_messages(messages: Messages, last: str = "user") -> tuple[str | None, 
             )
         texts.append(content)
     if not texts or len(texts) % 2 != (last == "user"):
-        found = (
-            "there is no message"
-            if not texts
-            else f"the last is by {'user' if len(texts) % 2 else 'assistant'!r}"
-        )
+        found = "there is no message" if not texts else f"the last is by {'user' if len(texts) % 2 else 'assistant'!r}"
         raise TokenizerError(f"The conversation must end with a message by {last!r}, but {found}.")
     return system, texts
 
@@ -274,9 +268,7 @@ class BPETokenizer(Tokenizer):
         """Learn our tokenizer's merges from texts; from few texts come fewer than `vocab` tokens."""
         least = len(SPECIALS) + 256
         if vocab < least:
-            raise TokenizerError(
-                f"vocab is {vocab}, but the control tokens and the 256 bytes alone are {least}."
-            )
+            raise TokenizerError(f"vocab is {vocab}, but the control tokens and the 256 bytes alone are {least}.")
         backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
         cuts = pre_tokenizers.Split(Regex(CUTS), "isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -305,9 +297,7 @@ class BPETokenizer(Tokenizer):
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(
-                f"{path} is not a tokenizer that the tokenizers library can read: {error}."
-            ) from error
+            raise TokenizerError(f"{path} is not a tokenizer that the tokenizers library can read: {error}.") from error
         config: dict[str, Any] = {}
         if (folder / "tokenizer_config.json").is_file():
             try:
@@ -444,24 +434,18 @@ class GGUFTokenizer(BPETokenizer):
             raise TokenizerError(f"{path} holds no tokenizer: looked for tokenizer.ggml.model.")
         build = {"gpt2": _byte_level_backend, "llama": _sentencepiece_backend}.get(str(kind))
         if build is None:
-            raise TokenizerError(
-                f"{path} has a tokenizer of the kind {kind!r}; 'gpt2' and 'llama' can be read."
-            )
+            raise TokenizerError(f"{path} has a tokenizer of the kind {kind!r}; 'gpt2' and 'llama' can be read.")
         try:
             backend = build(ggml)
         except KeyError as error:
-            raise TokenizerError(
-                f"{path} lacks tokenizer.ggml.{error.args[0]}, which '{kind}' needs."
-            ) from None
+            raise TokenizerError(f"{path} lacks tokenizer.ggml.{error.args[0]}, which '{kind}' needs.") from None
         except Exception as error:
             raise TokenizerError(f"{path} holds a tokenizer that contradicts itself: {error}.") from error
         tokens = ggml["tokens"]
         named = {role: ggml.get(f"{role}_token_id") for role in ("bos", "eos", "padding")}
         for role, token_id in named.items():
             if token_id is not None and not 0 <= token_id < len(tokens):
-                raise TokenizerError(
-                    f"{path} names {token_id} as its {role} token, but has {len(tokens)} tokens."
-                )
+                raise TokenizerError(f"{path} names {token_id} as its {role} token, but has {len(tokens)} tokens.")
         bos, eos, pad = (None if token_id is None else tokens[token_id] for token_id in named.values())
         if bos is not None and ggml.get("add_bos_token", kind == "llama"):
             backend.post_processor = processors.TemplateProcessing(
@@ -511,9 +495,7 @@ def _sentencepiece_backend(ggml: dict[str, Any]) -> tokenizers.Tokenizer:
     if ggml.get("add_space_prefix", True):
         space.insert(0, normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence(space)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _with_added(backend, ggml)
 
 
@@ -539,10 +521,7 @@ class MistralCommonTokenizer(Tokenizer):
         if hasattr(inner, "id_to_byte_piece"):  # Tekken
             table = [b"" if i in names else inner.id_to_byte_piece(i) for i in range(inner.n_words)]
         else:
-            table = [
-                b"" if i in names else _sentencepiece_bytes(inner.id_to_piece(i))
-                for i in range(inner.n_words)
-            ]
+            table = [b"" if i in names else _sentencepiece_bytes(inner.id_to_piece(i)) for i in range(inner.n_words)]
         pad = inner.pad_id if inner.pad_id >= 0 else None
         super().__init__(table, names, inner.bos_id, inner.eos_id, pad)
 
@@ -558,9 +537,7 @@ class MistralCommonTokenizer(Tokenizer):
             "tekken": lambda: MistralTokenizer.v3(is_tekken=True),
         }
         if version not in makers:
-            raise TokenizerError(
-                f"There is no Mistral tokenizer {version!r} here: choose one of {', '.join(makers)}."
-            )
+            raise TokenizerError(f"There is no Mistral tokenizer {version!r} here: choose one of {', '.join(makers)}.")
         return cls(makers[version]())
 
     @classmethod
@@ -582,14 +559,10 @@ class MistralCommonTokenizer(Tokenizer):
             if path.suffix == ".model" and mistral.instruct_tokenizer.tokenizer.is_special("[INST]"):
                 v3 = TokenizerVersion.v3
                 instruct: Any = InstructTokenizerV3(SentencePieceTokenizer(str(path), v3))
-                mistral = MistralTokenizer(
-                    instruct, get_validator(v3, ValidationMode.test), get_normalizer(v3, None)
-                )
+                mistral = MistralTokenizer(instruct, get_validator(v3, ValidationMode.test), get_normalizer(v3, None))
             return cls(mistral)
         except Exception as error:  # assertion, key, JSON and sentencepiece errors alike
-            raise TokenizerError(
-                f"{path} is not a tokenizer that mistral-common can read: {error!r}."
-            ) from error
+            raise TokenizerError(f"{path} is not a tokenizer that mistral-common can read: {error!r}.") from error
 
     def _text_ids(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text, bos=False, eos=False)
@@ -625,9 +598,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ggufs = sorted(path.glob("*.gguf"))
         found = [path / name for name in names if (path / name).is_file()]
         if not found and len(ggufs) > 1:
-            raise TokenizerError(
-                f"{path} holds {len(ggufs)} .gguf files: name the one whose tokenizer you want."
-            )
+            raise TokenizerError(f"{path} holds {len(ggufs)} .gguf files: name the one whose tokenizer you want.")
         if not found and not ggufs:
             raise TokenizerError(f"{path} holds no tokenizer: looked for {', '.join(names)} and *.gguf.")
         path = (found or ggufs)[0]

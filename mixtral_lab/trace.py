@@ -65,9 +65,7 @@ class Trace:
             layers, _, experts = self.recorded.logits.shape
             routing = f"{layers} layers of {experts} experts, {self.recorded.experts.shape[-1]} per token"
         written = len(self) - self.n_prompt
-        return (
-            f"Trace({len(self)} tokens, {written} of them written by {self.model} in {self.dtype}; {routing})"
-        )
+        return f"Trace({len(self)} tokens, {written} of them written by {self.model} in {self.dtype}; {routing})"
 
     def frame(self, text: int = 0) -> pd.DataFrame:
         """A tidy table, one row per (text, position, layer, choice); `text` numbers this trace among others.
@@ -105,9 +103,7 @@ class Trace:
             try:
                 _read_header(path)
             except TraceError:
-                raise TraceError(
-                    f"{path} exists and is not a trace; it was left alone. Choose another name."
-                ) from None
+                raise TraceError(f"{path} exists and is not a trace; it was left alone. Choose another name.") from None
         tensors = {"ids": self.ids.to(torch.int32)}
         if self.recorded is not None:
             small = torch.uint8 if self.recorded.logits.shape[-1] <= 256 else torch.int32
@@ -135,9 +131,7 @@ class Trace:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         recorded = None
         if "routing.logits" in stored:
-            recorded = Routing(
-                stored["routing.logits"], stored["routing.experts"].long(), stored["routing.weights"]
-            )
+            recorded = Routing(stored["routing.logits"], stored["routing.experts"].long(), stored["routing.weights"])
         return cls(
             ids=stored["ids"].long(),
             tokens=tuple(json.loads(header["tokens"])),
@@ -182,9 +176,7 @@ class Recorder:
         """All calls end to end, for one row of the batch, on the CPU: `layer seq ...`. None for a dense model."""
         if not all(self._calls):
             return None
-        layers = [
-            [torch.cat([call[part][row] for call in calls]) for calls in self._calls] for part in range(3)
-        ]
+        layers = [[torch.cat([call[part][row] for call in calls]) for calls in self._calls] for part in range(3)]
         return Routing(*(torch.stack(part).cpu() for part in layers))
 
 
@@ -193,12 +185,10 @@ def recording(model: Transformer) -> Iterator[Recorder]:
     """While open, note what every router decides, by PyTorch's own forward hooks."""
     recorder = Recorder(model.config.n_layers)
     hooks = []
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate(model.blocks):
         if block.router is not None:
             hooks.append(
-                block.router.register_forward_hook(
-                    lambda _m, _in, out, layer=layer: recorder.keep(layer, out)
-                )
+                block.router.register_forward_hook(lambda _m, _in, out, layer=layer: recorder.keep(layer, out))
             )
     try:
         yield recorder

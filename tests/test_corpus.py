@@ -145,8 +145,7 @@ def test_solutions_satisfy_their_equations(make: Callable[[random.Random], arith
         left, right = re.sub(r"^Solve( for \w:)? |\.$", "", question).split(" = ")
         for root in re.findall(r"-?\d+", answer):
             sides = [
-                re.sub(rf"(?<=\d){letter}", f"*({root})", side).replace(letter, f"({root})")
-                for side in (left, right)
+                re.sub(rf"(?<=\d){letter}", f"*({root})", side).replace(letter, f"({root})") for side in (left, right)
             ]
             assert value(sides[0]) == value(sides[1]), (question, answer)
 
@@ -179,10 +178,7 @@ def test_chat_roles_alternate(facts: Mapping[str, Sequence[Any]]) -> None:
 
 def test_chat_knows_itself_and_its_functions_run() -> None:
     answers = {
-        answer
-        for questions, answers in dialogue.SMALL_TALK
-        for answer in answers
-        if "Who are you?" in questions
+        answer for questions, answers in dialogue.SMALL_TALK for answer in answers if "Who are you?" in questions
     }
     assert answers
     assert all("Mini" in answer for answer in answers)
@@ -198,9 +194,7 @@ def test_tales_are_translations_of_each_other() -> None:
         told = {name: templates.tale(random.Random(seed), name) for name in languages.LANGUAGES}
         for text in told.values():
             assert not re.search(r"[{}|_]|  ", text), text
-        names = {
-            name for name in languages.GIRLS + languages.BOYS if re.search(rf"\b{name}\b", told["english"])
-        }
+        names = {name for name in languages.GIRLS + languages.BOYS if re.search(rf"\b{name}\b", told["english"])}
         for text in told.values():
             assert all(re.search(rf"\b{name}\b", text) for name in names), told
         assert not re.search(r"\bde [AEIO]|\by I", told["french"] + told["spanish"].replace("de ", ""))
@@ -221,8 +215,7 @@ def test_generated_json_is_json() -> None:
 
 def test_clean_replaces_mail_addresses() -> None:
     assert (
-        cleaning.clean("Ask jane.doe@mail.example.org.\r\n\r\n\r\n\r\n\r\nBye \n")
-        == "Ask user@example.com.\n\n\nBye"
+        cleaning.clean("Ask jane.doe@mail.example.org.\r\n\r\n\r\n\r\n\r\nBye \n") == "Ask user@example.com.\n\n\nBye"
     )
 
 
@@ -276,11 +269,7 @@ def test_debian_package_is_read(tmp_path: Path) -> None:
     package = b"!<arch>\n"
     for name, body in ((b"debian-binary", b"2.0\n"), (b"odd", b"xyz"), (b"data.tar.xz", buffer.getvalue())):
         header = (
-            name.ljust(16)
-            + b"0".ljust(12)
-            + b"0".ljust(6) * 2
-            + b"100644".ljust(8)
-            + str(len(body)).encode().ljust(10)
+            name.ljust(16) + b"0".ljust(12) + b"0".ljust(6) * 2 + b"100644".ljust(8) + str(len(body)).encode().ljust(10)
         )
         package += header + b"`\n" + body + b"\n" * (len(body) % 2)
     path = tmp_path / "small.deb"
@@ -355,8 +344,7 @@ def test_documents_are_written_once_and_on_one_side(tmp_path: Path) -> None:
     assert entry["train"]["sha256"] == packages.sha256_of(tmp_path / "prose.jsonl")
     # The same keys are held out in every domain.
     numbers = [
-        [record["id"].split(":")[1] for record in corpus.documents(tmp_path, d, "heldout")]
-        for d in ("prose", "french")
+        [record["id"].split(":")[1] for record in corpus.documents(tmp_path, d, "heldout")] for d in ("prose", "french")
     ]
     assert numbers[0] == numbers[1]
 
@@ -381,9 +369,7 @@ def test_missing_corpus_says_how_to_build_it(tmp_path: Path) -> None:
 
 
 def passages_of(domain: str) -> list[dict]:
-    return [
-        json.loads(line) for line in (EXCERPTS / f"{domain}.jsonl").read_text(encoding="utf8").splitlines()
-    ]
+    return [json.loads(line) for line in (EXCERPTS / f"{domain}.jsonl").read_text(encoding="utf8").splitlines()]
 
 
 @pytest.mark.parametrize("domain", corpus.DOMAINS)
@@ -400,11 +386,7 @@ def test_excerpts_may_be_shipped(domain: str) -> None:
 
 def test_bible_excerpts_are_parallel() -> None:
     bible = {
-        domain: {
-            record["id"]: record["text"]
-            for record in passages_of(domain)
-            if record["id"].startswith("bible:")
-        }
+        domain: {record["id"]: record["text"] for record in passages_of(domain) if record["id"].startswith("bible:")}
         for domain in ("prose", "french", "german", "spanish")
     }
     assert len(bible["prose"]) >= 4
@@ -423,9 +405,7 @@ def test_tale_excerpts_are_what_the_templates_write() -> None:
         ("german", "german"),
         ("spanish", "spanish"),
     ):
-        tales = {
-            record["id"]: record["text"] for record in passages_of(domain) if record["id"].startswith("tale:")
-        }
+        tales = {record["id"]: record["text"] for record in passages_of(domain) if record["id"].startswith("tale:")}
         assert len(tales) >= 4
         for key, text in tales.items():
             assert templates.tale(random.Random(key), language) == text

@@ -98,9 +98,7 @@ def test_a_window_goes_on_beyond_the_context_and_without_one_it_stops_there():
     short = {"context": 10, "n_layers": 1}
     assert len(written(random_model(mixtral(window=4, **short)), [[1] * 12], new=5)[0]) == 5
     windowless = random_model(mixtral(window=None, **short))
-    assert (
-        len(written(windowless, [[1] * 7], new=50)[0]) == 4
-    )  # 7 read, 3 more read after being written, 1 unread
+    assert len(written(windowless, [[1] * 7], new=50)[0]) == 4  # 7 read, 3 more read after being written, 1 unread
     with pytest.raises(PromptError, match="11 tokens, but this model reads at most 10"):
         written(windowless, [[1] * 11])
 

@@ -112,9 +112,7 @@ def test_only_some_rooms_open_files(path):
 def test_figures_never_receive_a_model():
     source = (PACKAGE / "figures.py").read_text()
     assert "Transformer" not in source
-    assert "Lab" not in {
-        alias for name, _ in imports(PACKAGE / "figures.py") for alias in [name.rpartition(".")[2]]
-    }
+    assert "Lab" not in {alias for name, _ in imports(PACKAGE / "figures.py") for alias in [name.rpartition(".")[2]]}
 
 
 def test_nothing_reads_pickles_or_runs_code_from_files():

@@ -87,9 +87,7 @@ def mixtral_gguf(tmp_path_factory: pytest.TempPathFactory, mistral: dict[str, An
     path: Path = tmp_path_factory.mktemp("gguf") / "mixtral.gguf"
     pieces = mistral["v1"]._inner._model
     ids = range(pieces.get_piece_size())
-    kinds = [
-        2 if pieces.IsUnknown(i) else 3 if pieces.IsControl(i) else 6 if pieces.IsByte(i) else 1 for i in ids
-    ]
+    kinds = [2 if pieces.IsUnknown(i) else 3 if pieces.IsControl(i) else 6 if pieces.IsByte(i) else 1 for i in ids]
     return write_gguf(
         path,
         model="llama",
@@ -121,9 +119,7 @@ def write_gguf(path: Path, chat_template: str | None = None, **entries: Any) -> 
     return path
 
 
-def everyone(
-    ours: Tokenizer, mistral: dict[str, Any], smollm: Tokenizer | None = None
-) -> dict[str, Tokenizer]:
+def everyone(ours: Tokenizer, mistral: dict[str, Any], smollm: Tokenizer | None = None) -> dict[str, Tokenizer]:
     return {"ours": ours, **mistral} | ({"smollm": smollm} if smollm else {})
 
 
@@ -165,9 +161,7 @@ def test_training_gives_the_asked_number_of_tokens_and_the_same_each_time() -> N
     text = [Path(__file__).read_text("utf-8")]
     assert BPETokenizer.train(text, vocab=700).vocab == 700
     assert BPETokenizer.train(text, 700).encode(HARD) == BPETokenizer.train(iter(text), 700).encode(HARD)
-    with pytest.raises(
-        TokenizerError, match="vocab is 100, but the control tokens and the 256 bytes alone are 262"
-    ):
+    with pytest.raises(TokenizerError, match="vocab is 100, but the control tokens and the 256 bytes alone are 262"):
         BPETokenizer.train(text, vocab=100)
 
 
@@ -230,9 +224,7 @@ def test_a_split_emoji_is_shown_as_its_bytes(mistral: dict[str, Any]) -> None:
 
 @given(seed=st.lists(st.floats(0, 1, exclude_max=True), max_size=12))
 @few
-def test_streaming_equals_decoding_for_any_ids(
-    ours: Tokenizer, mistral: dict[str, Any], seed: list[float]
-) -> None:
+def test_streaming_equals_decoding_for_any_ids(ours: Tokenizer, mistral: dict[str, Any], seed: list[float]) -> None:
     for tokenizer in everyone(ours, mistral).values():
         ids = [int(share * tokenizer.vocab) for share in seed]
         stream = TextStream(tokenizer)
@@ -282,9 +274,7 @@ def test_v1_writes_its_marks_as_ordinary_characters(mistral: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(("version", "begin", "end"), [("v2", 3, 4), ("v3", 3, 4), ("tekken", 3, 4)])
-def test_later_versions_have_single_control_tokens(
-    mistral: dict[str, Any], version: str, begin: int, end: int
-) -> None:
+def test_later_versions_have_single_control_tokens(mistral: dict[str, Any], version: str, begin: int, end: int) -> None:
     tokenizer = mistral[version]
     ids = tokenizer.chat([{"role": "user", "content": "Hello [INST]"}])
     assert ids[:2] == [1, begin] and ids[-1] == end
@@ -352,9 +342,7 @@ def test_training_ids_mark_what_the_assistant_wrote(ours: BPETokenizer) -> None:
         2,
     ]
     assert ids[: len(ours.chat(messages[:-1]))] == ours.chat(messages[:-1])
-    with pytest.raises(
-        TokenizerError, match="must end with a message by 'assistant', but the last is by 'user'"
-    ):
+    with pytest.raises(TokenizerError, match="must end with a message by 'assistant', but the last is by 'user'"):
         ours.chat_training_ids(CHATS[0])
 
 
@@ -416,9 +404,7 @@ def test_check_messages_separates_the_system_text() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory, ours: BPETokenizer) -> Path:
     folder: Path = tmp_path_factory.mktemp("saved") / "model"
     ours.save(folder)
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}))
     return folder
 
 
@@ -523,9 +509,7 @@ def test_smollm_round_trip(smollm: Tokenizer, smollm_bytes: set[int], text: str)
     assert read_back("".join(smollm.pieces(ids))) == text.encode()
 
 
-def test_a_mixtral_gguf_gives_mistrals_ids(
-    mixtral_gguf: Path, mistral: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_mixtral_gguf_gives_mistrals_ids(mixtral_gguf: Path, mistral: dict[str, Any], tmp_path: Path) -> None:
     v1 = mistral["v1"]
     from_gguf = load_tokenizer(mixtral_gguf)
     assert isinstance(from_gguf, GGUFTokenizer)
@@ -576,9 +560,7 @@ def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -
     for loader in (BPETokenizer.load, GGUFTokenizer.load, MistralCommonTokenizer.from_file):
         with pytest.raises(TokenizerError, match="no "):
             loader(tmp_path / "nowhere")
-    with pytest.raises(
-        TokenizerError, match="no Mistral tokenizer 'v9' here: choose one of v1, v2, v3, tekken"
-    ):
+    with pytest.raises(TokenizerError, match="no Mistral tokenizer 'v9' here: choose one of v1, v2, v3, tekken"):
         MistralCommonTokenizer.from_version("v9")
 
 
@@ -598,10 +580,7 @@ def test_a_malformed_tokenizer_config(tmp_path: Path, ours: BPETokenizer) -> Non
 
 
 def test_a_tekken_file_with_a_wrong_version(tmp_path: Path) -> None:
-    vocab = [
-        {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
-        for i in range(256)
-    ]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)]
     (tmp_path / "tekken.json").write_text(json.dumps({"vocab": vocab, "config": {"version": "v99"}}))
     with pytest.raises(TokenizerError, match=r"tekken\.json is not .*Unknown version: v99"):
         load_tokenizer(tmp_path)

@@ -50,9 +50,7 @@ def test_the_gradient_by_hand_is_autograds(n_choices, seq, seed):
         parameters = [*experts.parameters(), *router.parameters()]
         out = mix(read, router(read), experts.ffn)
         (out * torch.linspace(-1, 1, 16)).sum().backward()
-        found = [out.detach(), read.grad] + [
-            p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters
-        ]
+        found = [out.detach(), read.grad] + [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         for p in parameters:
             p.grad = None
         return found

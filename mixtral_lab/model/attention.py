@@ -35,17 +35,13 @@ def visible(query: Int[Tensor, "#batch query"], key: Int[Tensor, "#batch key"], 
     return seen | ((q < 0) & (q == k))
 
 
-def attention_pattern(
-    query: Query, key: Keys, mask: Mask | None
-) -> Float[Tensor, "batch kv group query key"]:
+def attention_pattern(query: Query, key: Keys, mask: Mask | None) -> Float[Tensor, "batch kv group query key"]:
     """How each query shares its attention among the keys; rows sum to 1.
 
     The keys are not copied to match the query heads: `group` is an axis that they simply lack.
     Source: grouped-query attention (arXiv 2305.13245).
     """
-    scores = einsum(
-        query, key, "batch kv group query head_dim, batch kv key head_dim -> batch kv group query key"
-    )
+    scores = einsum(query, key, "batch kv group query head_dim, batch kv key head_dim -> batch kv group query key")
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
         hidden = ~rearrange(mask, "batch query key -> batch 1 1 query key")
@@ -56,9 +52,7 @@ def attention_pattern(
 def attend_plain(query: Query, key: Keys, value: Keys, mask: Mask | None) -> Query:
     """What attention is: for every query, the values weighed by its pattern."""
     pattern = attention_pattern(query, key, mask)
-    return einsum(
-        pattern, value, "batch kv group query key, batch kv key head_dim -> batch kv group query head_dim"
-    )
+    return einsum(pattern, value, "batch kv group query key, batch kv key head_dim -> batch kv group query head_dim")
 
 
 def attend_fused(query: Query, key: Keys, value: Keys, mask: Mask | None, causal: bool = False) -> Query:
@@ -87,9 +81,7 @@ class RollingCache:
     Source: Mistral 7B (arXiv 2310.06825, section 2, Figure 2).
     """
 
-    def __init__(
-        self, keys: Float[Tensor, "batch kv ring head_dim"], values: Float[Tensor, "batch kv ring head_dim"]
-    ):
+    def __init__(self, keys: Float[Tensor, "batch kv ring head_dim"], values: Float[Tensor, "batch kv ring head_dim"]):
         self.keys, self.values = keys, values
         self.seen = 0
 
@@ -104,9 +96,7 @@ class RollingCache:
         """
         if new == 1:
             return self._held(self.seen + 1)
-        return torch.cat(
-            (self._held(self.seen), torch.arange(self.seen, self.seen + new, device=self.keys.device))
-        )
+        return torch.cat((self._held(self.seen), torch.arange(self.seen, self.seen + new, device=self.keys.device)))
 
     def extend(self, key: NewKeys, value: NewKeys) -> tuple[Keys, Keys]:
         """Keep new keys and values; return all that the new queries may have to look at.

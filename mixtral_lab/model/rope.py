@@ -21,9 +21,7 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
     return angles.cos(), angles.sin()
 
 
-def rotate(
-    x: Float[Tensor, "batch *heads seq head_dim"], turn: Rotation
-) -> Float[Tensor, "batch *heads seq head_dim"]:
+def rotate(x: Float[Tensor, "batch *heads seq head_dim"], turn: Rotation) -> Float[Tensor, "batch *heads seq head_dim"]:
     """Turn every pair of numbers in each head by its angle; the dot product of two then sees only distance.
 
     A pair is (number `i`, number `i + head_dim / 2`), the layout of Hugging Face checkpoints. Mistral's own

@@ -93,6 +93,11 @@ class Transformer(nn.Module):
             x = x[:, -1:]
         return linear(self.final_norm(x), self.embed.weight if self.unembed is None else self.unembed.weight)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their own type."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty caches for texts of up to `length` tokens; a window keeps them smaller than that."""
         config, weight = self.config, self.embed.weight
@@ -103,9 +108,7 @@ class Transformer(nn.Module):
 
         return [RollingCache(store(), store()) for _ in range(config.n_layers)]
 
-    def _where(
-        self, ids: Tensor, cache: Cache | None, padding: Tensor | None
-    ) -> tuple[Rotation, Mask | None, bool]:
+    def _where(self, ids: Tensor, cache: Cache | None, padding: Tensor | None) -> tuple[Rotation, Mask | None, bool]:
         """Everything that depends on positions alone, once for all layers: rotations, and who sees whom.
 
         Two cases need no mask, and most calls are one of them: a text that looks back at all of itself
@@ -116,7 +119,7 @@ class Transformer(nn.Module):
         columns = torch.arange(seen, seen + new, device=ids.device)[None]
         positions = columns if padding is None else columns - padding[:, None]
         turn = rotation(positions, config.head_dim, config.rope_theta)
-        plain = any(block.attention.plain for block in self.layers)
+        plain = any(block.attention.plain for block in self.blocks)
         if padding is None and new == 1:
             return turn, None, False
         if padding is None and not seen and (config.window is None or new <= config.window) and not plain:

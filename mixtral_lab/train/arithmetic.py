@@ -36,9 +36,7 @@ def in_words(number: int) -> str:
         return TENS[number // 10] + (f"-{ONES[number % 10]}" if number % 10 else "")
     size, name = (100, "hundred") if number < 1000 else (1000, "thousand")
     rest = number % size
-    return f"{in_words(number // size)} {name}" + (
-        f" {'and ' if rest < 100 else ''}{in_words(rest)}" if rest else ""
-    )
+    return f"{in_words(number // size)} {name}" + (f" {'and ' if rest < 100 else ''}{in_words(rest)}" if rest else "")
 
 
 def signed(number: int) -> str:
@@ -102,8 +100,7 @@ def carrying(rng: random.Random) -> Problem:
         y = int(right[place]) if place < len(right) else 0
         total = x + y + carry
         steps.append(
-            f"{x} + {y}{' + 1' if carry else ''} = {total}, write"
-            f" {total % 10}{', carry 1' if total > 9 else ''}"
+            f"{x} + {y}{' + 1' if carry else ''} = {total}, write {total % 10}{', carry 1' if total > 9 else ''}"
         )
         carry = total // 10
     if carry:
@@ -161,9 +158,7 @@ def order_of_operations(rng: random.Random) -> Problem:
     ]
     chain = rng.choice(chains)
     steps = [f"{before} = {after}" for before, after in pairwise(chain)]
-    return Problem(
-        rng.choice([f"Evaluate {chain[0]}.", f"Compute {chain[0]}.", f"{chain[0]} = ?"]), steps, chain[-1]
-    )
+    return Problem(rng.choice([f"Evaluate {chain[0]}.", f"Compute {chain[0]}.", f"{chain[0]} = ?"]), steps, chain[-1])
 
 
 def chain_of_sums(rng: random.Random) -> Problem:
@@ -216,9 +211,7 @@ def sum_and_difference(rng: random.Random) -> Problem:
         f"x = {2 * x} / 2 = {x}",
         f"y = {x + y} - {x} = {y}",
     ]
-    return Problem(
-        f"Two numbers have the sum {x + y} and the difference {x - y}. Find them.", steps, f"{x} and {y}"
-    )
+    return Problem(f"Two numbers have the sum {x + y} and the difference {x - y}. Find them.", steps, f"{x} and {y}")
 
 
 def quadratic(rng: random.Random) -> Problem:
@@ -359,9 +352,7 @@ def prime_factors(rng: random.Random) -> Problem:
         else:
             divisor += 1
     answer = f"{number} is prime." if len(factors) == 1 else " * ".join(map(str, factors))
-    return Problem(
-        f"Write {number} as a product of primes.", steps or ["No smaller prime divides it."], answer
-    )
+    return Problem(f"Write {number} as a product of primes.", steps or ["No smaller prime divides it."], answer)
 
 
 def shape(rng: random.Random) -> Problem:
@@ -477,23 +468,19 @@ def derivative(rng: random.Random) -> Problem:
     coefficients = [rng.randrange(-9, 10) for _ in range(rng.randrange(3, 5))]
     coefficients[-1] = coefficients[-1] or 2
     steps = [
-        f"The derivative of {polynomial([0] * power + [factor])} is"
-        f" {polynomial([0] * (power - 1) + [power * factor])}."
+        f"The derivative of {polynomial([0] * power + [factor])} is {polynomial([0] * (power - 1) + [power * factor])}."
         for power, factor in enumerate(coefficients)
         if power and factor
     ][::-1]
     derived = [power * factor for power, factor in enumerate(coefficients)][1:]
-    return Problem(
-        f"Differentiate f(x) = {polynomial(coefficients)}.", steps, f"f'(x) = {polynomial(derived)}"
-    )
+    return Problem(f"Differentiate f(x) = {polynomial(coefficients)}.", steps, f"f'(x) = {polynomial(derived)}")
 
 
 def spelled(rng: random.Random) -> Problem:
     """Write a number in words or take its digits apart."""
     number = rng.randrange(11, 10000)
     places = [
-        int(digit) * 10**power
-        for power, digit in zip(range(len(str(number)) - 1, -1, -1), str(number), strict=True)
+        int(digit) * 10**power for power, digit in zip(range(len(str(number)) - 1, -1, -1), str(number), strict=True)
     ]
     parts = " + ".join(str(part) for part in places if part)
     return rng.choice(
@@ -590,16 +577,10 @@ def word_problem(rng: random.Random) -> Problem:
                 (
                     f"{name} has {have} {things}. {other} has {more} fewer. How many do they have together?"
                     if more < have
-                    else (
-                        f"{name} has {have} {things}. {other} has {more} more. How many do they have"
-                        " together?"
-                    )
+                    else (f"{name} has {have} {things}. {other} has {more} more. How many do they have together?")
                 ),
                 [
-                    (
-                        f"{have} {'-' if more < have else '+'} {more} ="
-                        f" {have - more if more < have else have + more}"
-                    ),
+                    (f"{have} {'-' if more < have else '+'} {more} = {have - more if more < have else have + more}"),
                     (
                         f"{have} + {have - more if more < have else have + more} ="
                         f" {2 * have - more if more < have else 2 * have + more}"

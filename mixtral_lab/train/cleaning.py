@@ -14,15 +14,9 @@ CODE_PASSAGE = 8_000
 
 # Words that are frequent in one language and rare in the others tell which paragraphs were translated at all.
 MARKERS = {
-    "english": set(
-        words("the and of to is for with this that you are when from be can will which if not by it")
-    ),
-    "french": set(
-        words("le la les des et est une un pour dans que qui vous sur avec ce par pas sont du au ou")
-    ),
-    "german": set(
-        words("der die das und ist ein eine zu den mit für auf nicht wird werden sie von wenn es sind dem")
-    ),
+    "english": set(words("the and of to is for with this that you are when from be can will which if not by it")),
+    "french": set(words("le la les des et est une un pour dans que qui vous sur avec ce par pas sont du au ou")),
+    "german": set(words("der die das und ist ein eine zu den mit für auf nicht wird werden sie von wenn es sind dem")),
     "spanish": set(words("el la los las y es una un para en que con se por como del no su al puede si este")),
 }
 # Notices of licences that are not permissive, or that ask for more than attribution in a list.
@@ -78,9 +72,7 @@ def html_to_lines(text: str) -> list[str]:
 def language_of(text: str) -> str:
     """Return the language with more than twice the marker words of any other, or an empty string."""
     found = re.findall(r"[^\W\d_]+", text.lower())
-    counts = sorted(
-        ((sum(word in markers for word in found), name) for name, markers in MARKERS.items()), reverse=True
-    )
+    counts = sorted(((sum(word in markers for word in found), name) for name, markers in MARKERS.items()), reverse=True)
     return counts[0][1] if counts[0][0] > 2 * counts[1][0] else ""
 
 

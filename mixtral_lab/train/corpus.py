@@ -56,9 +56,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def size_of(document: Document) -> int:
     """Return the bytes of a document's text."""
-    return sum(len(message["content"].encode()) for message in document.messages) or len(
-        document.text.encode()
-    )
+    return sum(len(message["content"].encode()) for message in document.messages) or len(document.text.encode())
 
 
 def build(out: Path | str, cache: Path | str, max_mb: float | None = None) -> dict[str, Any]:
@@ -71,9 +69,7 @@ def build(out: Path | str, cache: Path | str, max_mb: float | None = None) -> di
     out.mkdir(parents=True, exist_ok=True)
     reasoning_gym()  # say so at once if it is missing
     pinned = packages.PACKAGES.values()
-    paths = {
-        package.name: packages.fetch(package, cache) for package in tqdm(pinned, "packages", unit="file")
-    }
+    paths = {package.name: packages.fetch(package, cache) for package in tqdm(pinned, "packages", unit="file")}
     sources = Sources(paths)
     manifest: dict[str, Any] = {"domains": {}}
     bar = tqdm(DOMAINS, "domains", unit="domain")
@@ -89,9 +85,7 @@ def build(out: Path | str, cache: Path | str, max_mb: float | None = None) -> di
             "licence": "Apache-2.0",
         }
     )
-    (out / "manifest.json").write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf8"
-    )
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
     return manifest
 
 
@@ -123,9 +117,7 @@ def build_domain(sources: Sources, domain: str, out: Path, max_mb: float | None)
             share["bytes"] += size
         suffix = "" if split == "train" else ".heldout"
         entry[split] = write(out / f"{domain}{suffix}.jsonl", records)
-    entry["sources"] = {
-        name: {**share, "licences": sorted(share["licences"])} for name, share in sorted(used.items())
-    }
+    entry["sources"] = {name: {**share, "licences": sorted(share["licences"])} for name, share in sorted(used.items())}
     return entry
 
 
@@ -137,9 +129,7 @@ def documents(folder: Path | str, domain: str, split: str = "train") -> Iterator
         raise CorpusError(f"there is no split {split!r}: choose train or heldout.")
     path = Path(folder) / f"{domain}{'' if split == 'train' else '.heldout'}.jsonl"
     if not path.exists():
-        raise CorpusError(
-            f"{path} does not exist: build it with `python -m mixtral_lab.train.corpus --out {folder}`."
-        )
+        raise CorpusError(f"{path} does not exist: build it with `python -m mixtral_lab.train.corpus --out {folder}`.")
     with path.open(encoding="utf8") as file:
         for line in file:
             yield json.loads(line)

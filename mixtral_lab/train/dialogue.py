@@ -266,10 +266,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("What can you do?", "How can you help me?", "Help!", "What do you know?"),
         (
-            (
-                "I can tell short stories, solve small sums, name capitals, explain words and write tiny"
-                " functions."
-            ),
+            ("I can tell short stories, solve small sums, name capitals, explain words and write tiny functions."),
             "I can talk about countries, words, numbers and colours, and I can tell you a story.",
         ),
     ),
@@ -355,9 +352,7 @@ def capital_city(rng: random.Random, facts: Facts) -> Turn:
     """Ask for a capital or for the country of a capital."""
     country, city = rng.choice(facts["capitals"])
     if rng.random() < 0.25:
-        return Turn(
-            f"{city} is the capital of which country?", f"{city} is the capital of {country}.", country
-        )
+        return Turn(f"{city} is the capital of which country?", f"{city} is the capital of {country}.", country)
     question = rng.choice(
         [
             f"What is the capital of {country}?",
@@ -414,9 +409,7 @@ def sum_question(rng: random.Random, facts: Facts) -> Turn:
     """Ask for a small sum, difference or product."""
     sign = rng.choice("++-*")
     a, b = (
-        (rng.randrange(2, 13), rng.randrange(2, 13))
-        if sign == "*"
-        else (rng.randrange(1, 100), rng.randrange(1, 100))
+        (rng.randrange(2, 13), rng.randrange(2, 13)) if sign == "*" else (rng.randrange(1, 100), rng.randrange(1, 100))
     )
     if sign == "-" and a < b:
         a, b = b, a
@@ -455,9 +448,7 @@ def story_request(rng: random.Random, facts: Facts) -> Turn:
     animal = rng.choice(ANIMALS)
     if rng.random() < 0.25:
         return Turn(
-            rng.choice(
-                ["Tell me a story.", "Please tell me a bedtime story.", "I would like to hear a story."]
-            ),
+            rng.choice(["Tell me a story.", "Please tell me a bedtime story.", "I would like to hear a story."]),
             story(rng),
         )
     question = rng.choice(
@@ -559,9 +550,7 @@ def translation(rng: random.Random, facts: Facts) -> Turn:
     )
     return Turn(
         question,
-        rng.choice(
-            [f'In {language}, "{word}" is "{other}".', f'The {language} word for "{word}" is "{other}".']
-        ),
+        rng.choice([f'In {language}, "{word}" is "{other}".', f'The {language} word for "{word}" is "{other}".']),
         other,
     )
 
@@ -581,8 +570,7 @@ def group(rng: random.Random, facts: Facts) -> Turn:
     if rng.random() < 0.5:
         return Turn(
             f"What is {article(members[0])}?" if name != "colour" else f"What is {members[0]}?",
-            f"{capital(members[0]) if name == 'colour' else capital(article(members[0]))} is"
-            f" {article(name)}.",
+            f"{capital(members[0]) if name == 'colour' else capital(article(members[0]))} is {article(name)}.",
         )
     mixed = [*members, stranger]
     rng.shuffle(mixed)
@@ -622,9 +610,7 @@ def numbers(rng: random.Random, facts: Facts) -> Turn:
     listed = ", ".join(map(str, few))
     return rng.choice(
         [
-            Turn(
-                f"Which number is the largest: {listed}?", f"The largest number is {max(few)}.", str(max(few))
-            ),
+            Turn(f"Which number is the largest: {listed}?", f"The largest number is {max(few)}.", str(max(few))),
             Turn(
                 f"Which number is the smallest: {listed}?",
                 f"The smallest number is {min(few)}.",

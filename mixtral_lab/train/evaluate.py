@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from tqdm.auto import tqdm
 
 import mixtral_lab
@@ -59,16 +59,14 @@ def evaluate(lab: Lab, corpus: Path, rows: int, seq: int = 256) -> Evaluation:
     held_out = stream.load_tokens(corpus / "ids", stream.HELD_OUT)
     train = stream.load_tokens(corpus / "ids", stream.TRAIN)
     tokens, loss, bigram, bits = {}, {}, {}, {}
-    chosen: list[Int[np.ndarray, "layer token choice"]] = []
+    chosen: list[Integer[np.ndarray, "layer token choice"]] = []
     for d, domain in enumerate(tqdm(held_out.domains, desc="reading held-out text")):
         ids = held_out.stretches(d, rows, seq)
         losses = []
         for part in ids.split(CHUNK):
             with recording(lab.model) as recorder:
                 logits = lab.model(part[:, :-1].to(lab.device))
-            losses.append(
-                F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten().to(lab.device)).item()
-            )
+            losses.append(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten().to(lab.device)).item())
             for row in range(len(part)):
                 routing = recorder.routing(row)
                 if routing is not None:
@@ -85,8 +83,8 @@ def evaluate(lab: Lab, corpus: Path, rows: int, seq: int = 256) -> Evaluation:
 
 
 def _routing_measures(
-    chosen: list[Int[np.ndarray, "layer token choice"]],
-    label: Int[np.ndarray, " token"],
+    chosen: list[Integer[np.ndarray, "layer token choice"]],
+    label: Integer[np.ndarray, " token"],
     n_experts: int | None,
 ) -> tuple[list[float], list[float], list[float], list[float]]:
     experts = np.concatenate(chosen, axis=1)
@@ -94,9 +92,7 @@ def _routing_measures(
     information, shuffled, largest, smallest = [], [], [], []
     for layer in experts:
         information.append(domain_information(_table(label, layer, n_experts)))
-        shuffled.append(
-            float(np.mean([_shuffled_information(random, label, layer, n_experts) for _ in range(5)]))
-        )
+        shuffled.append(float(np.mean([_shuffled_information(random, label, layer, n_experts) for _ in range(5)])))
         table = _table(label, layer, n_experts)
         share = (table / table.sum(1, keepdims=True)).mean(0)  # every domain weighs the same
         largest.append(float(share.max()))
@@ -111,7 +107,7 @@ def _shuffled_information(
 
 
 def _table(
-    label: Int[np.ndarray, " token"], experts: Int[np.ndarray, "token choice"], n_experts: int | None
+    label: Integer[np.ndarray, " token"], experts: Integer[np.ndarray, "token choice"], n_experts: int | None
 ) -> Float[np.ndarray, "domain expert"]:
     table = np.zeros((label.max() + 1, n_experts or 1))
     for choice in experts.T:
@@ -127,9 +123,7 @@ def samples(lab: Lab, new: int = 60) -> list[tuple[str, str]]:
 
 def main(
     model: Annotated[str, typer.Argument(help="A folder, or the name of a bundled model.")] = "mini-mixtral",
-    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path(
-        "corpus"
-    ),
+    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path("corpus"),
     rows: Annotated[int, typer.Option(help="Held-out stretches of 256 tokens per domain.")] = 64,
     json_to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
 ) -> None:
@@ -143,13 +137,9 @@ def main(
         numbers = f"{loss:.2f} | {found.bigram[domain]:.2f} | {found.bits_per_byte[domain]:.2f}"
         print(f"| {domain} | {found.tokens_per_domain[domain]:,} | {numbers} |")
     if found.information:
-        print(
-            "\n| layer | bits between domain and expert | labels shuffled | largest share | smallest share |"
-        )
+        print("\n| layer | bits between domain and expert | labels shuffled | largest share | smallest share |")
         print("|---|---|---|---|---|")
-        columns = zip(
-            found.information, found.shuffled, found.largest_share, found.smallest_share, strict=True
-        )
+        columns = zip(found.information, found.shuffled, found.largest_share, found.smallest_share, strict=True)
         for layer, (bits, chance, high, low) in enumerate(columns):
             print(f"| {layer} | {bits:.3f} | {chance:.5f} | {100 * high:.1f} % | {100 * low:.1f} % |")
     for prompt, text in samples(lab):

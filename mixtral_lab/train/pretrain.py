@@ -98,7 +98,7 @@ class Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, fused=True)
         self.routings: list[Routing] = []
-        for block in model.layers:
+        for block in model.blocks:
             if block.router is not None:
                 block.experts.dispatch = self._mix
         torch._dynamo.config.recompile_limit = 64
@@ -131,15 +131,10 @@ class Run:
         if self.routings:
             balance = torch.stack([balance_loss(r) for r in self.routings])
             loss = (
-                loss
-                + recipe.balance * balance.mean()
-                + recipe.z * torch.stack(list(map(z_loss, self.routings))).mean()
+                loss + recipe.balance * balance.mean() + recipe.z * torch.stack(list(map(z_loss, self.routings))).mean()
             )
             seen["share"] = torch.stack(
-                [
-                    r.experts.flatten().bincount(minlength=r.logits.shape[-1]) / r.experts.numel()
-                    for r in self.routings
-                ]
+                [r.experts.flatten().bincount(minlength=r.logits.shape[-1]) / r.experts.numel() for r in self.routings]
             )
             seen["entropy"] = torch.stack([_entropy(r.logits.detach()) for r in self.routings])
         loss.backward()
@@ -266,12 +261,8 @@ def _report(seen: dict[str, Tensor], domains: tuple[str, ...]) -> dict[str, obje
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help="Which shape to train: mini-mixtral or mini-mistral.")
-    ] = "mini-mixtral",
-    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path(
-        "corpus"
-    ),
+    model: Annotated[str, typer.Option(help="Which shape to train: mini-mixtral or mini-mistral.")] = "mini-mixtral",
+    corpus: Annotated[Path, typer.Option(help="Folder that mixtral_lab.train.corpus built.")] = Path("corpus"),
     out: Annotated[Path, typer.Option(help="Folder of the run; a run found there goes on.")] = Path("runs"),
     tokens: Annotated[float, typer.Option(help="Stop after so many million tokens.")] = 1e9,
     minutes: Annotated[float, typer.Option(help="Stop after so many minutes of training.")] = 70.0,

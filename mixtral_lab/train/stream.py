@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +24,7 @@ class Tokens:
     """One split of the corpus: for every domain its documents end to end, each from `<s>` to `</s>`."""
 
     domains: tuple[str, ...]
-    ids: tuple[Int[np.ndarray, " seq"], ...]
+    ids: tuple[Integer[np.ndarray, " seq"], ...]
 
     def batch(self, step: int, rows: int, seq: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Draw `rows` stretches of `seq + 1` ids, domains in turn, starts at random but the same for each step.
@@ -44,9 +44,7 @@ class Tokens:
         ids = self.ids[domain]
         rows = min(rows, (len(ids) - 1) // seq)
         if rows < 1:
-            raise LabError(
-                f"Domain {self.domains[domain]} holds {len(ids)} tokens: fewer than one stretch of {seq}."
-            )
+            raise LabError(f"Domain {self.domains[domain]} holds {len(ids)} tokens: fewer than one stretch of {seq}.")
         starts = np.linspace(0, len(ids) - seq - 1, rows).astype(int)
         return torch.from_numpy(np.stack([ids[s : s + seq + 1] for s in starts]).astype(np.int64))
 
@@ -89,21 +87,20 @@ def encode_corpus(corpus: Path, tokenizer: BPETokenizer, out: Path) -> None:
 
 def load_tokens(folder: Path, split: str) -> Tokens:
     """Map the ids of one split, in the order of `DOMAINS`."""
-    return Tokens(
-        DOMAINS, tuple(np.load(folder / f"{domain}.{split}.npy", mmap_mode="r") for domain in DOMAINS)
-    )
+    return Tokens(DOMAINS, tuple(np.load(folder / f"{domain}.{split}.npy", mmap_mode="r") for domain in DOMAINS))
 
 
-def _ids(document: dict, tokenizer: BPETokenizer) -> Int[np.ndarray, " seq"]:
+def _ids(document: dict, tokenizer: BPETokenizer) -> Integer[np.ndarray, " seq"]:
     if "messages" in document:
         ids, _ = tokenizer.chat_training_ids(document["messages"])
     else:
-        ids = [*tokenizer.encode(document["text"]), tokenizer.eos_id]
+        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        ids = tokenizer.encode(document["text"]) + end
     return np.asarray(ids, dtype=np.uint16)
 
 
 def bigram_loss(
-    train: Int[np.ndarray, " seq"], held_out: Int[np.ndarray, " seq"], vocab: int
+    train: Integer[np.ndarray, " seq"], held_out: Integer[np.ndarray, " seq"], vocab: int
 ) -> Float[Tensor, ""]:
     """Nats per token of the best bigram model of one domain: the baseline that context must beat.
 
