@@ -108,7 +108,7 @@ def test_bigram_loss_against_an_obvious_version():
             total -= np.log((pair + m * single) / (before + m))
         losses.append(total / 49)
     got = stream.bigram_loss(train.astype(np.uint16), held.astype(np.uint16), 5)
-    assert got.item() == pytest.approx(min(losses))
+    assert got == pytest.approx(min(losses))
 
 
 @pytest.mark.parametrize("experts", [8, None])
@@ -123,7 +123,7 @@ def test_a_run_learns_logs_and_resumes_exactly(experts, tmp_path):
 
     run, text = new_run(), tokens()
     before = run.held_out(text, rows=4)
-    pretrain.train(run, text, text, tmp_path, tokens=96 * 12, minutes=60)
+    pretrain.train(run, text, text, tmp_path, tokens=96 * 12, minutes=60.0)
     after = run.held_out(text, rows=4)
     assert all(after[d] < before[d] - 0.3 for d in "abc")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -74,7 +74,7 @@ def evaluate(lab: Lab, corpus: Path, rows: int, seq: int = 256) -> Evaluation:
         sizes = [len(part) for part in ids.split(CHUNK)]
         tokens[domain] = ids[:, 1:].numel()
         loss[domain] = float(np.average(losses, weights=sizes))
-        bigram[domain] = stream.bigram_loss(train.ids[d], held_out.ids[d], lab.config.vocab).item()
+        bigram[domain] = stream.bigram_loss(train.ids[d], held_out.ids[d], lab.config.vocab)
         read = sum(len(lab.tokenizer.token_bytes(int(i))) for i in ids[:, 1:].flatten())
         bits[domain] = loss[domain] * tokens[domain] / np.log(2) / read
     label = np.repeat(np.arange(len(tokens)), list(tokens.values()))

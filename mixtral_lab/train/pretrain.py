@@ -109,7 +109,7 @@ class Run:
         self.routings.append(routing)
         return mix_for_training(x, routing, experts)
 
-    def _token_losses(self, ids: Int[Tensor, "batch seq+1"]) -> Float[Tensor, "batch seq"]:
+    def _token_losses(self, ids: Int[Tensor, "batch seq_in"]) -> Float[Tensor, "batch seq"]:  # seq_in = seq + 1
         with torch.autocast(self.device.type, torch.bfloat16):
             logits = self.model(ids[:, :-1])
         losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

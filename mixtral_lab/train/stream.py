@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ class Tokens:
             drawn.append(self.ids[d][start : start + seq + 1])
         return torch.from_numpy(np.stack(drawn).astype(np.int64)), torch.from_numpy(domain)
 
-    def stretches(self, domain: int, rows: int, seq: int) -> Int[Tensor, "rows seq+1"]:
+    def stretches(self, domain: int, rows: int, seq: int) -> Int[Tensor, "rows seq_in"]:
         """`rows` stretches of `seq + 1` ids of one domain, evenly spaced: the fixed sample for held-out loss."""
         ids = self.ids[domain]
         rows = min(rows, (len(ids) - 1) // seq)
@@ -100,8 +100,8 @@ def _ids(document: dict, tokenizer: BPETokenizer) -> Integer[np.ndarray, " seq"]
 
 
 def bigram_loss(
-    train: Integer[np.ndarray, " seq"], held_out: Integer[np.ndarray, " seq"], vocab: int
-) -> Float[Tensor, ""]:
+    train: Integer[np.ndarray, " seq"], held_out: Integer[np.ndarray, " held"], vocab: int
+) -> float:
     """Nats per token of the best bigram model of one domain: the baseline that context must beat.
 
     `p(b | a) = (count(a, b) + m p(b)) / (count(a) + m)`, with counts from the training split; the strength `m` of
@@ -117,4 +117,4 @@ def bigram_loss(
         -np.log((pairs[a * vocab + b] + m * single[b]) / (before[a] + m)).mean()
         for m in (3.0, 10.0, 30.0, 100.0, 300.0)
     ]
-    return torch.tensor(min(losses))
+    return float(min(losses))
