@@ -39,7 +39,7 @@ def chunkings(draw, total: int) -> list[int]:
     return sizes
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(configs() | configs(dense=True), chunkings(33), st.booleans(), st.booleans())
 def test_decode_is_prefill_is_any_chunking(config, sizes, padded, plain):
     model = random_model(config)
@@ -56,7 +56,7 @@ def test_decode_is_prefill_is_any_chunking(config, sizes, padded, plain):
         assert cache[0].ring == min(33, config.window or 33)
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(configs(), st.integers(1, 9))
 def test_the_plain_mixture_is_every_economical_one(config, seq):
     model = random_model(config)

@@ -84,7 +84,7 @@ def test_logits_in_every_corner(corner, attention, experts):
         same(ours(ids), theirs(ids).logits)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(configs() | configs(dense=True), st.integers(0, 99), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 0, "eager")
 def test_logits_of_drawn_shapes(config, seed, attention):
@@ -94,7 +94,7 @@ def test_logits_of_drawn_shapes(config, seed, attention):
         same(ours(ids), theirs(ids).logits)
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(configs() | configs(dense=True), st.integers(0, 99), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 0, "eager")
 @example(mixtral(**DENSE), 0, "sdpa")
@@ -124,7 +124,7 @@ def test_the_same_greedy_tokens_over_64_steps(config, seed, attention):
             assert best[0] - best[1] < NEAR_TIE, f"row {row} differs at position {at}, which is no near tie"
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(configs() | configs(dense=True), st.integers(1, 12), st.sampled_from(["eager", "sdpa"]))
 @example(mixtral(), 5, "eager")
 @example(mixtral(window=1), 12, "eager")
