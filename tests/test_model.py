@@ -138,18 +138,19 @@ def test_rotated_dot_products_see_only_distance():
 
 
 @pytest.mark.parametrize("rows", [(1,), (3, 5), (31,), (32,), (33,), (2, 64), (7, 9, 3)])
-def test_linear_is_pytorchs_on_every_number_of_rows(rows):
-    x, weight = torch.randn(*rows, 24), torch.randn(40, 24)
+@pytest.mark.parametrize("size", [(24, 40), (900, 700)])
+def test_linear_is_pytorchs_on_every_number_of_rows(rows, size):
+    x, weight = torch.randn(*rows, size[0]), torch.randn(size[1], size[0])
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
 
 
 def test_linear_without_onednn_is_the_same(monkeypatch):
-    x, weight = torch.randn(5, 24), torch.randn(40, 24)
+    x, weight = torch.randn(5, 900), torch.randn(700, 900)
     with torch.no_grad():
         fast = linear(x, weight)
         monkeypatch.setattr("mixtral_lab.model.linear.onednn_works", lambda: False)
-        torch.testing.assert_close(linear(x, weight), fast, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(linear(x, weight), fast, atol=1e-3, rtol=1e-4)
 
 
 def test_the_probe_for_onednn_says_yes_or_no():

@@ -60,6 +60,8 @@ def attend_fused(query: Query, key: Keys, value: Keys, mask: Mask | None, causal
 
     `causal=True` stands for the mask of one text that looks back at all of itself.
     """
+    if query.shape[3] == 1 and mask is None:  # the heads of a group are rows that look at the same keys
+        return F.scaled_dot_product_attention(query.squeeze(3), key, value).unsqueeze(3)
     group = query.shape[2]
     out = F.scaled_dot_product_attention(
         rearrange(query, "batch kv group query head_dim -> batch (kv group) query head_dim"),
@@ -133,7 +135,8 @@ class RollingCache:
         for store, part in ((self.keys, key), (self.values, value)):
             part = part[:, :, new - kept :]
             store[:, :, start : start + head] = part[:, :, :head]
-            store[:, :, : kept - head] = part[:, :, head:]
+            if head < kept:
+                store[:, :, : kept - head] = part[:, :, head:]
         self.seen += new
 
 

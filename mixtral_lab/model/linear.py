@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 
 
@@ -30,6 +31,9 @@ def linear(
     PyTorch's default float32 product on some processors (AMD among them) runs at half the speed of oneDNN's.
     The operator is private to PyTorch, so `onednn_works` tries it once and `F.linear` stays the way back.
     """
+    rows = x.numel() // x.shape[-1]
+    if rows < ROWS and weight.numel() < SMALL:
+        return F.linear(x, weight)
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -38,11 +42,11 @@ def linear(
         and not torch.compiler.is_compiling()
         and onednn_works()
     ):
-        rows = x.numel() // x.shape[-1]
         missing = -rows % ROWS
         if rows < ROWS or not missing:
             return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+        flat = x.reshape(rows, -1)
+        padded = torch.cat((flat, flat[:missing]))
         out = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
         return out[:rows].reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)

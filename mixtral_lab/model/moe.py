@@ -121,7 +121,7 @@ def mix_sorted(
     segments = tokens[token].split(sizes)
     answers = [expert(segment) for expert, segment in zip(experts, segments, strict=True) if len(segment)]
     weighed = torch.cat(answers) * weights[by_expert]
-    return torch.zeros_like(tokens).index_add(0, token, weighed.to(x.dtype)).view_as(x)
+    return torch.zeros_like(tokens).index_add_(0, token, weighed.to(x.dtype)).view_as(x)
 
 
 def mix_one_by_one(
@@ -130,12 +130,12 @@ def mix_one_by_one(
     """Take each token to its chosen experts in turn. For a few tokens: nothing is sorted, nothing copied."""
     tokens = rearrange(x, "batch seq dim -> (batch seq) dim")
     chosen = rearrange(routing.experts, "batch seq choice -> (batch seq) choice").tolist()
-    weights = rearrange(routing.weights, "batch seq choice -> (batch seq) choice 1")
-    mixed = [
-        (torch.stack([experts[e](token) for e in choices]) * weight).sum(0)
-        for token, choices, weight in zip(tokens, chosen, weights, strict=True)
-    ]
-    return torch.stack(mixed).view_as(x)
+    weights = rearrange(routing.weights, "batch seq choice -> (batch seq) choice")
+    mixed = []
+    for token, choices, shares in zip(tokens.split(1), chosen, weights, strict=True):
+        answers = [experts[e](token) * weight for e, weight in zip(choices, shares, strict=True)]
+        mixed.append(sum(answers[1:], answers[0]))
+    return torch.cat(mixed).view_as(x)
 
 
 DISPATCH = {"dense": mix_dense, "sorted": mix_sorted, "one_by_one": mix_one_by_one}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Rotation = tuple[Float[Tensor, "#batch seq half"], Float[Tensor, "#batch seq half"]]
+Rotation = tuple[Float[Tensor, "#batch seq head_dim"], Float[Tensor, "#batch seq head_dim"]]
 
 
 def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) -> Rotation:
@@ -14,11 +14,13 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
 
     Pair `i` of `head_dim / 2` turns by `position / theta ** (2 i / head_dim)` radians: the first pair quickly,
     the last one slowly. With `theta=10000` and `head_dim=4`, position 3 turns its pairs by 3 and 0.03.
-    Computed in float32 whatever the model's dtype. Source: RoFormer (arXiv 2104.09864, section 3.2.2).
+    Both halves of a pair are given, the first with minus the sine, as `rotate` needs them. Computed in
+    float32 whatever the model's dtype. Source: RoFormer (arXiv 2104.09864, section 3.2.2).
     """
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions.float()[..., None] * theta ** (-pair / head_dim)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Float[Tensor, "batch *heads seq head_dim"], turn: Rotation) -> Float[Tensor, "batch *heads seq head_dim"]:
@@ -28,10 +30,10 @@ def rotate(x: Float[Tensor, "batch *heads seq head_dim"], turn: Rotation) -> Flo
     files pair neighbours; `weights.py` reorders them on the way in.
     """
     cos, sin = (_over_heads(part, x) for part in turn)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return x * cos + partner * sin
 
 
-def _over_heads(part: Float[Tensor, "#batch seq half"], x: Tensor) -> Tensor:
+def _over_heads(part: Float[Tensor, "#batch seq head_dim"], x: Tensor) -> Tensor:
     heads = [1] * (x.ndim - 3)
     return part.view(part.shape[0], *heads, *part.shape[1:]).to(x.dtype)

@@ -119,9 +119,9 @@ class Transformer(nn.Module):
         columns = torch.arange(seen, seen + new, device=ids.device)[None]
         positions = columns if padding is None else columns - padding[:, None]
         turn = rotation(positions, config.head_dim, config.rope_theta)
-        plain = any(block.attention.plain for block in self.blocks)
         if padding is None and new == 1:
             return turn, None, False
+        plain = any(block.attention.plain for block in self.blocks)
         if padding is None and not seen and (config.window is None or new <= config.window) and not plain:
             return turn, None, True
         key_columns = cache[0].columns(new)[None] if cache else columns

@@ -99,9 +99,7 @@ def _ids(document: dict, tokenizer: BPETokenizer) -> Integer[np.ndarray, " seq"]
     return np.asarray(ids, dtype=np.uint16)
 
 
-def bigram_loss(
-    train: Integer[np.ndarray, " seq"], held_out: Integer[np.ndarray, " held"], vocab: int
-) -> float:
+def bigram_loss(train: Integer[np.ndarray, " seq"], held_out: Integer[np.ndarray, " held"], vocab: int) -> float:
     """Nats per token of the best bigram model of one domain: the baseline that context must beat.
 
     `p(b | a) = (count(a, b) + m p(b)) / (count(a) + m)`, with counts from the training split; the strength `m` of
