@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mixtral_lab.config import PRESETS, LabError
+from mixtral_lab.config import PRESETS
 from mixtral_lab.model import Routing, Transformer
 from mixtral_lab.tokenizer import BPETokenizer
 from mixtral_lab.train import stream
@@ -271,7 +271,7 @@ def main(
 ) -> None:
     """Train a mini model on the corpus, evenly over its domains, and save it as a checkpoint."""
     if model not in PRESETS or not model.startswith("mini-"):
-        raise LabError(f"{model!r} is not a model to train here: choose mini-mixtral or mini-mistral.")
+        raise typer.BadParameter(f"{model!r} is not a model to train here: choose mini-mixtral or mini-mistral.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = out / model
