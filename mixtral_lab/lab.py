@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import overload
 
@@ -13,11 +14,14 @@ from torch import Tensor
 from mixtral_lab import bundled
 from mixtral_lab.checkpoint import CheckpointError
 from mixtral_lab.config import PRESETS, Config
+from mixtral_lab.edit import Edits, editing
 from mixtral_lab.generate import PromptError, Sampling, check_ids, check_length, generate_ids
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.site import watched
+from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
-from mixtral_lab.trace import Trace, recording
-from mixtral_lab.weights import load_model
+from mixtral_lab.trace import Trace
+from mixtral_lab.weights import load_model, resolve_dtype
 
 Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
 
@@ -128,39 +132,103 @@ class Lab:
         """The assistant's next message. `messages` are `{"role", "content"}`, the last by the user."""
         return "".join(self.stream(messages, max_new_tokens, temperature, top_p, seed, stop, top_k)).strip()
 
-    @overload
-    def trace(self, text: str, max_new_tokens: int = ...) -> Trace: ...  # type: ignore[overload-overlap]
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Every value inside the model that can be read and written: name, axes, and what it is."""
+        return all_sites(self.config)
 
     @overload
-    def trace(self, text: Sequence[str], max_new_tokens: int = ...) -> list[Trace]: ...
+    def trace(  # type: ignore[overload-overlap]
+        self, text: str, max_new_tokens: int = ..., sites: str | Sequence[str] | None = ...,
+        positions: Sequence[int] | None = ..., dtype: str | None = ...,
+    ) -> Trace: ...  # fmt: skip
 
-    def trace(self, text: str | Sequence[str], max_new_tokens: int = 0) -> Trace | list[Trace]:
-        """Read a text, write on greedily for `max_new_tokens`, and record every router's decision for every token.
+    @overload
+    def trace(
+        self, text: Sequence[str], max_new_tokens: int = ..., sites: str | Sequence[str] | None = ...,
+        positions: Sequence[int] | None = ..., dtype: str | None = ...,
+    ) -> list[Trace]: ...  # fmt: skip
 
-        `trace.tokens` are the readable tokens; `trace.routing.logits` is `layer seq expert`, `.experts` and
-        `.weights` are `layer seq choice`, best first. Several texts give several traces.
+    def trace(
+        self,
+        text: str | Sequence[str],
+        max_new_tokens: int = 0,
+        sites: str | Sequence[str] | None = None,
+        positions: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> Trace | list[Trace]:
+        """Read a text, write on greedily for `max_new_tokens`, and record what passes the named sites.
+
+        Without `sites`, every router's decision for every token: `trace.routing.logits` is `layer seq expert`,
+        `.experts` and `.weights` are `layer seq choice`, best first. `sites` are names or patterns from `lab.sites`, such
+        as "layers.*.experts.weighted"; `trace_cost` says what they take. `positions` keeps those tokens only;
+        `dtype` is what numbers are kept in (as computed, if not given). Several texts give several traces.
         """
         if not isinstance(text, str):
-            return [self.trace(one, max_new_tokens) for one in text]
-        return self.trace_ids(self._read(text), max_new_tokens)
+            return [self.trace(one, max_new_tokens, sites, positions, dtype) for one in text]
+        return self.trace_ids(self._read(text), max_new_tokens, sites, positions, dtype)
 
-    def trace_ids(self, ids: Sequence[int], max_new_tokens: int = 0) -> Trace:
+    def trace_ids(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 0,
+        sites: str | Sequence[str] | None = None,
+        positions: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> Trace:
         """The same for token ids, such as those of `tokenizer.chat(messages)`."""
-        ids = list(ids)
-        check_ids(self.config, torch.tensor([ids]))
-        check_length(self.config, len(ids) + max_new_tokens)
-        with recording(self.model) as recorder:
+        ids, config = list(ids), self.config
+        check_ids(config, torch.tensor([ids]))
+        check_length(config, len(ids) + max_new_tokens)
+        names = resolve(self.config, sites)
+        at = _positions(positions, len(ids) + max_new_tokens)
+        changed = {
+            name for name in names if watched(self.model.get_submodule(name))
+        }  # an edit: not what queries and keys give
+        kept = [*changed, *kept_for([name for name in names if name not in changed], whole=at is None)]
+        numbers = None if dtype is None else resolve_dtype(dtype)
+        with recording(self.model, kept, at, numbers) as recorder:
             # One token more than asked for: the last one written is never read, so nothing is known of it.
             steps = list(generate_ids(self.model, [ids], max_new_tokens + 1, stop_ids=self.tokenizer.stop_ids))
         whole = ids + [new[0] for new in steps[:-1] if new[0] is not None]
+        if at is not None and int(at.max()) >= len(whole):
+            raise PromptError(f"Position {int(at.max())} was asked for, but the text ended after {len(whole)} tokens.")
         return Trace(
             ids=torch.tensor(whole),
             tokens=tuple(self.tokenizer.pieces(whole)),
             n_prompt=len(ids),
             model=self.name,
             dtype=self.dtype,
-            recorded=recorder.routing(),
+            n_layers=config.n_layers,
+            n_experts=config.n_experts,
+            window=config.window,
+            recorded=recorder.values(),
+            positions=at,
         )
+
+    def trace_cost(
+        self,
+        text: str | int,
+        max_new_tokens: int = 0,
+        sites: str | Sequence[str] | None = None,
+        positions: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> Cost:
+        """What `trace` with the same arguments will take, in bytes, before doing it; for a text or a number of tokens."""
+        seq = (text if isinstance(text, int) else len(self._read(text))) + max_new_tokens
+        at = _positions(positions, seq)
+        size = resolve_dtype(dtype or self.dtype).itemsize
+        return cost(self.config, resolve(self.config, sites), seq, None if at is None else len(at), size)
+
+    def edit(self, *edits: Edits) -> AbstractContextManager[None]:
+        """While open (`with lab.edit(...):`), the model computes with these changes; afterwards it is as it was.
+
+        An edit is `{site: function}`, where the function takes the site's value (`batch` first; a copy) and returns
+        what shall stand in its place, or one of `mixtral_lab.edit`'s: ablate, reroute, scale, top_k, temperature, patch,
+        replay. Raises `SiteError` for an unknown site, `EditError` for a change that does not fit, and at
+        the end for one that never took effect.
+        """
+        return editing(self.model, *edits)
 
     def _read(self, text: str) -> list[int]:
         if not text:
@@ -181,6 +249,18 @@ class Lab:
             if all(writer.done for writer in writers):
                 break
         yield [writer.flush() for writer in writers]
+
+
+def _positions(asked: Sequence[int] | None, seq: int) -> Tensor | None:
+    """Positions as a sorted tensor; negative ones count from the end of what is read and written."""
+    if asked is None:
+        return None
+    wrong = [p for p in asked if not -seq <= p < seq]
+    if wrong or not asked:
+        raise PromptError(
+            f"positions are {list(asked)}: they must name at least one of the {seq} tokens, 0 to {seq - 1}."
+        )
+    return torch.tensor(sorted({p % seq for p in asked}))
 
 
 class _Writer:

@@ -71,7 +71,7 @@ def trace():
     logits = torch.nn.functional.one_hot(torch.tensor(FIRST), 4).float()[None] * 5
     logits[0, :, 3] += 1  # expert 3 is everybody's second choice
     routing = route(logits, 2)
-    return Trace(torch.arange(9), tuple("abcdefghi"), 9, "by hand", "float32", routing)
+    return Trace.from_arrays("abcdefghi", routing.experts, routing.weights, routing.logits)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -173,7 +174,9 @@ def test_numbers_that_are_none():
     trace = made_up(("a", "b"), layers=1, experts=3)
     logits = torch.tensor([[[1.0, -torch.inf, 0.5], [torch.nan, 0.0, -2.0]]])
     routing = Routing(logits, trace.routing.experts, torch.full((1, 2, 2), torch.nan))
-    page = Reader(trace_page(Trace(trace.ids, trace.tokens, 2, "made-up", "float32", routing)))
+    page = Reader(
+        trace_page(Trace.from_arrays(trace.tokens, *routing[1:], routing.logits, n_prompt=2, dtype="float32"))
+    )
     packed = unpacked(page.data, "logits", (2, 3))
     assert packed[0, 1] == MINUS_INFINITY and packed[1, 0] == UNKNOWN
     assert packed[1, 2] * page.data["logit_step"] == pytest.approx(-2.0)
@@ -198,7 +201,7 @@ def test_what_has_no_page(tmp_path):
     assert not list(tmp_path.iterdir())
     whole = made_up()
     with pytest.raises(FigureError, match="each token needs its own"):
-        trace_page(Trace(whole.ids[:3], whole.tokens[:3], 3, "made-up", "float32", whole.recorded))
+        trace_page(replace(whole, tokens=whole.tokens[:3]))
 
 
 def test_saving(tmp_path):

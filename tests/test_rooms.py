@@ -14,6 +14,7 @@ ORDER = [
     ["config"],
     ["bundled"],
     ["tokenizer"],
+    ["model.site"],
     ["model.linear"],
     ["model.rope"],
     ["model.bands"],

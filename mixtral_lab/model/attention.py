@@ -12,12 +12,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mixtral_lab.model.bands import Keys, Query, attend_banded
 from mixtral_lab.model.linear import Linear
 from mixtral_lab.model.rope import Rotation, rotate
+from mixtral_lab.model.site import Site
 
-Query = Float[Tensor, "batch kv group query head_dim"]
-Keys = Float[Tensor, "batch kv key head_dim"]
 NewKeys = Float[Tensor, "batch kv seq head_dim"]
+Pattern = Float[Tensor, "batch kv group query key"]
 Mask = Bool[Tensor, "#batch query key"]
 
 
@@ -35,43 +36,50 @@ def visible(query: Int[Tensor, "#batch query"], key: Int[Tensor, "#batch key"], 
     return seen | ((q < 0) & (q == k))
 
 
-def attention_pattern(query: Query, key: Keys, mask: Mask | None) -> Float[Tensor, "batch kv group query key"]:
-    """How each query shares its attention among the keys; rows sum to 1.
+def attention_scores(query: Query, key: Keys) -> Pattern:
+    """How well each query matches each key: their dot product, over the square root of `head_dim`.
 
     The keys are not copied to match the query heads: `group` is an axis that they simply lack.
     Source: grouped-query attention (arXiv 2305.13245).
     """
     scores = einsum(query, key, "batch kv group query head_dim, batch kv key head_dim -> batch kv group query key")
-    scores = scores * query.shape[-1] ** -0.5
+    return scores * query.shape[-1] ** -0.5
+
+
+def attention_pattern(scores: Pattern, mask: Mask | None) -> Pattern:
+    """How each query shares its attention among the keys that it may see; rows sum to 1."""
     if mask is not None:
         hidden = ~rearrange(mask, "batch query key -> batch 1 1 query key")
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
-def attend_plain(query: Query, key: Keys, value: Keys, mask: Mask | None) -> Query:
-    """What attention is: for every query, the values weighed by its pattern."""
-    pattern = attention_pattern(query, key, mask)
+def attended(pattern: Pattern, value: Keys) -> Query:
+    """For every query, the values weighed by its pattern."""
     return einsum(pattern, value, "batch kv group query key, batch kv key head_dim -> batch kv group query head_dim")
 
 
-def attend_fused(query: Query, key: Keys, value: Keys, mask: Mask | None, causal: bool = False) -> Query:
-    """The same by PyTorch's own kernel, which never holds the whole pattern in memory.
+def attend_plain(query: Query, key: Keys, value: Keys, mask: Mask | None) -> Query:
+    """What attention is."""
+    return attended(attention_pattern(attention_scores(query, key), mask), value)
 
-    `causal=True` stands for the mask of one text that looks back at all of itself.
-    """
-    if query.shape[3] == 1 and mask is None:  # the heads of a group are rows that look at the same keys
-        return F.scaled_dot_product_attention(query.squeeze(3), key, value).unsqueeze(3)
+
+def attend_masked(query: Query, key: Keys, value: Keys, mask: Mask) -> Query:
+    """The same by PyTorch's own kernel, which never holds the whole pattern in memory."""
     group = query.shape[2]
     out = F.scaled_dot_product_attention(
         rearrange(query, "batch kv group query head_dim -> batch (kv group) query head_dim"),
         key,
         value,
-        attn_mask=None if mask is None else rearrange(mask, "batch query key -> batch 1 query key"),
-        is_causal=causal,
+        attn_mask=rearrange(mask, "batch query key -> batch 1 query key"),
         enable_gqa=group > 1,
     )
     return rearrange(out, "batch (kv group) query head_dim -> batch kv group query head_dim", group=group)
+
+
+def attend_one(query: Query, key: Keys, value: Keys) -> Query:
+    """The same for a single query that sees every key: the heads of a group are rows that look at the same keys."""
+    return F.scaled_dot_product_attention(query.squeeze(3), key, value).unsqueeze(3)
 
 
 class RollingCache:
@@ -91,41 +99,44 @@ class RollingCache:
     def ring(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def filled(self) -> int:
+        """How many slots hold something."""
+        return min(self.seen, self.ring)
+
     def columns(self, new: int) -> Int[Tensor, " key"]:
-        """The column of every key that `extend` returns when `new` columns are fed.
+        """The column of every key that `extend` returns in order when `new` columns are fed."""
+        last = self.seen + new
+        first = last - min(last, self.ring) if new == 1 else self.seen - self.filled
+        return torch.arange(first, last, device=self.keys.device)
 
-        With a ring of 4 and 6 columns seen, slots hold columns 4, 5, 2, 3.
-        """
-        if new == 1:
-            return self._held(self.seen + 1)
-        return torch.cat((self._held(self.seen), torch.arange(self.seen, self.seen + new, device=self.keys.device)))
+    def extend(self, key: NewKeys, value: NewKeys, in_order: bool = True) -> tuple[Keys, Keys]:
+        """Keep new keys and values; return all that the new queries may have to look at, the oldest first.
 
-    def extend(self, key: NewKeys, value: NewKeys) -> tuple[Keys, Keys]:
-        """Keep new keys and values; return all that the new queries may have to look at.
-
-        A single new key overwrites the oldest at once. A chunk must not: its first queries still see what its
-        last keys will overwrite, so it looks at the old ring and itself side by side.
-        Source: Mistral 7B (section 2, Figure 3: chunked pre-fill).
+        A single new key overwrites the oldest at once; then `in_order=False` gives the ring as it lies, without a
+        copy. A chunk must not overwrite yet: its first queries still see what its last keys will replace, so it looks
+        at the old ring and itself side by side. Source: Mistral 7B (section 2, Figure 3: chunked pre-fill).
         """
         new = key.shape[2]
-        if new > 1 and self.seen:
-            filled = min(self.seen, self.ring)
-            looked_at = (
-                torch.cat((self.keys[:, :, :filled], key), dim=2),
-                torch.cat((self.values[:, :, :filled], value), dim=2),
-            )
+        if new == 1:
             self._write(key, value)
-            return looked_at
-        self._write(key, value)
-        if new > 1:
+            return self._ordered(self.keys, in_order), self._ordered(self.values, in_order)
+        if not self.seen:
+            self._write(key, value)
             return key, value
-        filled = min(self.seen, self.ring)
-        return self.keys[:, :, :filled], self.values[:, :, :filled]
+        looked_at = (
+            torch.cat((self._ordered(self.keys), key), dim=2),
+            torch.cat((self._ordered(self.values), value), dim=2),
+        )
+        self._write(key, value)
+        return looked_at
 
-    def _held(self, seen: int) -> Int[Tensor, " filled"]:
-        """The column in each filled slot once `seen` columns were fed."""
-        slots = torch.arange(min(seen, self.ring), device=self.keys.device)
-        return seen - 1 - (seen - 1 - slots) % self.ring
+    def _ordered(self, store: Float[Tensor, "batch kv ring head_dim"], in_order: bool = True) -> Keys:
+        """The filled slots, unrolled. With a ring of 4 and 6 columns seen, slots hold columns 4, 5, 2, 3."""
+        oldest = self.seen % self.ring
+        if self.seen <= self.ring or not oldest or not in_order:
+            return store[:, :, : self.filled]
+        return torch.cat((store[:, :, oldest:], store[:, :, :oldest]), dim=2)
 
     def _write(self, key: NewKeys, value: NewKeys) -> None:
         new = key.shape[2]
@@ -140,26 +151,37 @@ class RollingCache:
         self.seen += new
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. `plain` switches to the plain definition."""
+class Heads(nn.Module):
+    """The sites at which attention's heads are seen one by one."""
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = Site(), Site(), Site(), Site()
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and a window. `plain` switches to the plain definition."""
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int | None) -> None:
         super().__init__()
         self.query = Linear(dim, n_heads * head_dim)
         self.key = Linear(dim, n_kv_heads * head_dim)
         self.value = Linear(dim, n_kv_heads * head_dim)
         self.output = Linear(n_heads * head_dim, dim)
-        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
+        self.heads = Heads()
+        self.scores, self.pattern = Site(), Site()
+        self.n_kv_heads, self.head_dim, self.window = n_kv_heads, head_dim, window
         self.plain = False
 
+    @property
+    def explicit(self) -> bool:
+        """Whether scores and pattern are computed as such: by choice, or because somebody looks at them."""
+        return self.plain or self.scores.watched or self.pattern.watched
+
     def forward(
-        self,
-        x: Float[Tensor, "batch seq dim"],
-        turn: Rotation,
-        mask: Mask | None,
-        causal: bool,
-        cache: RollingCache | None,
+        self, x: Float[Tensor, "batch seq dim"], turn: Rotation, mask: Mask | None, cache: RollingCache | None
     ) -> Float[Tensor, "batch seq dim"]:
+        """`mask` is needed where the texts of a batch differ in length, and by the plain definition."""
         kv, head_dim = self.n_kv_heads, self.head_dim
         query = rearrange(
             self.query(x),
@@ -169,11 +191,19 @@ class Attention(nn.Module):
         )
         key = rearrange(self.key(x), "batch seq (kv head_dim) -> batch kv seq head_dim", kv=kv)
         value = rearrange(self.value(x), "batch seq (kv head_dim) -> batch kv seq head_dim", kv=kv)
-        query, key = rotate(query, turn), rotate(key, turn)
+        query, key = self.heads.query(rotate(query, turn)), self.heads.key(rotate(key, turn))
+        value = self.heads.value(value)
+        explicit = self.explicit
         if cache is not None:
-            key, value = cache.extend(key, value)
-        if self.plain:
-            out = attend_plain(query, key, value, mask)
+            key, value = cache.extend(key, value, in_order=explicit or mask is not None)
+        if explicit:
+            scores = self.scores(attention_scores(query, key))
+            out = attended(self.pattern(attention_pattern(scores, mask)), value)
+        elif mask is not None:
+            out = attend_masked(query, key, value, mask)
+        elif query.shape[3] == 1:
+            out = attend_one(query, key, value)
         else:
-            out = attend_fused(query, key, value, mask, causal)
+            out = attend_banded(query, key, value, self.window)
+        out = self.heads.out(out)
         return self.output(rearrange(out, "batch kv group seq head_dim -> batch seq (kv group head_dim)"))

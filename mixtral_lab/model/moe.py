@@ -2,20 +2,28 @@
 
 Three ideas, in reading order: `route` chooses, `SwiGLU` is one expert, and `mix_dense` says what the mixture
 *is*. The two economical versions below it compute the same with far less work.
+
+A `Site` lets a value pass; it is there to be looked at and changed by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.model.linear import Linear
+from mixtral_lab.model.site import Site
+
+Chosen = Int[Tensor, "batch seq choice"]
+Rows = Float[Tensor, "batch seq choice features_in"]
+Answers = Float[Tensor, "batch seq choice features_out"]
+Part = Callable[[Tensor], Tensor]  # an expert, or half of one
 
 FEW = 4  # up to so many tokens, running the chosen experts one by one is the quickest
 
@@ -35,9 +43,15 @@ def route(logits: Float[Tensor, "*tokens expert"], n_choices: int) -> Routing:
     weights (0.73, 0.27). The losers' logits do not matter. Source: Mixtral of Experts (arXiv 2401.04088,
     section 2.1).
     """
-    best = logits.topk(n_choices, dim=-1)
-    weights = F.softmax(best.values, dim=-1, dtype=torch.float32).to(logits.dtype)
-    return Routing(logits, best.indices, weights)
+    experts = logits.topk(n_choices, dim=-1).indices
+    return Routing(logits, experts, share(logits, experts))
+
+
+def share(
+    logits: Float[Tensor, "*tokens expert"], experts: Int[Tensor, "*tokens choice"]
+) -> Float[Tensor, "*tokens choice"]:
+    """One unit of weight, shared by softmax among the chosen experts alone."""
+    return F.softmax(logits.gather(-1, experts), dim=-1, dtype=torch.float32).to(logits.dtype)
 
 
 class Router(nn.Module):
@@ -46,10 +60,14 @@ class Router(nn.Module):
     def __init__(self, dim: int, n_experts: int, n_choices: int) -> None:
         super().__init__()
         self.score = Linear(dim, n_experts)
+        self.logits, self.experts, self.weights = Site(), Site(), Site()
         self.n_choices = n_choices
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Routing:
-        return route(self.score(x), self.n_choices)
+        """`route`, in the three steps in which one may intervene: whoever changes the choice changes the weights."""
+        logits = self.logits(self.score(x))
+        experts = self.experts(logits.topk(self.n_choices, dim=-1).indices, logits)
+        return Routing(logits, experts, self.weights(share(logits, experts), logits, experts))
 
 
 class SwiGLU(nn.Module):
@@ -63,34 +81,16 @@ class SwiGLU(nn.Module):
         self.gate = Linear(dim, hidden)
         self.up = Linear(dim, hidden)
         self.down = Linear(hidden, dim)
+        self.hidden = Site()
 
     def forward(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.inside(x))
+
+    def inside(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens hidden"]:
+        return self.hidden(F.silu(self.gate(x)) * self.up(x))
 
 
 Mix = Callable[[Tensor, Routing, nn.ModuleList], Tensor]
-
-
-class Experts(nn.Module):
-    """The experts of one layer, and the way their answers are mixed.
-
-    `dispatch` names that way: "dense" runs every expert on every token, "sorted" runs each expert once on the
-    tokens that chose it, "one_by_one" runs each token's choices in turn. "auto" takes the quickest. All agree.
-    A function of the same form as those three may stand in place of a name.
-    """
-
-    def __init__(self, dim: int, hidden: int, n_experts: int) -> None:
-        super().__init__()
-        self.ffn = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(n_experts))
-        self.dispatch: str | Mix = "auto"
-
-    def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
-        dispatch = self.dispatch
-        if dispatch == "auto":
-            few = x.shape[0] * x.shape[1] <= FEW and not torch.is_grad_enabled()
-            dispatch = "one_by_one" if few else "sorted"
-        mix = DISPATCH[dispatch] if isinstance(dispatch, str) else dispatch
-        return mix(x, routing, self.ffn)
 
 
 def mix_dense(
@@ -103,39 +103,73 @@ def mix_dense(
     return einsum(weights, answers, "batch seq expert, expert batch seq dim -> batch seq dim")
 
 
-def mix_sorted(
-    x: Float[Tensor, "batch seq dim"], routing: Routing, experts: nn.ModuleList
-) -> Float[Tensor, "batch seq dim"]:
-    """Line the tokens up by expert, run each expert once on its own segment, and add the answers back in place.
+class Experts(nn.Module):
+    """The experts of one layer: each token is taken to those it chose, and their answers are weighed and summed.
 
-    Work: `choice / expert` of `mix_dense`. For many tokens.
+    `dispatch` names how they are taken there: "every" runs all experts on all tokens, "sorted" runs each expert once on
+    the tokens that chose it, "one_by_one" runs each token's choices in turn, and "auto" takes the quickest. "dense" is
+    the plain definition, `mix_dense`; a function of the same form may stand in place of a name. All agree.
     """
-    n_choices = routing.experts.shape[-1]
-    tokens = rearrange(x, "batch seq dim -> (batch seq) dim")
-    chosen = rearrange(routing.experts, "batch seq choice -> (batch seq choice)")
-    weights = rearrange(routing.weights, "batch seq choice -> (batch seq choice) 1")
 
-    by_expert = chosen.argsort(stable=True)
-    token = by_expert // n_choices
-    sizes = chosen.bincount(minlength=len(experts)).tolist()
-    segments = tokens[token].split(sizes)
-    answers = [expert(segment) for expert, segment in zip(experts, segments, strict=True) if len(segment)]
-    weighed = torch.cat(answers) * weights[by_expert]
-    return torch.zeros_like(tokens).index_add_(0, token, weighed.to(x.dtype)).view_as(x)
+    def __init__(self, dim: int, hidden: int, n_experts: int) -> None:
+        super().__init__()
+        self.ffn = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(n_experts))
+        self.hidden, self.out, self.weighted = Site(), Site(), Site()
+        self.dispatch: str | Mix = "auto"
+
+    def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
+        apart = self.hidden.watched or self.out.watched or self.weighted.watched
+        dispatch = mix_dense if self.dispatch == "dense" else self.dispatch
+        if not isinstance(dispatch, str):
+            if not apart:
+                return dispatch(x, routing, self.ffn)
+            dispatch = "every" if dispatch is mix_dense else "sorted"  # a whole mixture has no single answers to see
+        if dispatch == "auto":
+            few = x.shape[0] * x.shape[1] <= FEW and not torch.is_grad_enabled()
+            dispatch = "one_by_one" if few else "sorted"
+        take, chosen = DISPATCH[dispatch], routing.experts
+
+        tokens = x.unsqueeze(-2).expand(*chosen.shape, -1)
+        if self.hidden.watched:
+            hidden = self.hidden(take(tokens, chosen, [expert.inside for expert in self.swiglus]), chosen)
+            answers = take(hidden, chosen, [expert.down for expert in self.swiglus])
+        else:
+            answers = take(tokens, chosen, self.swiglus)
+        weighted = self.weighted(self.out(answers, chosen) * routing.weights[..., None].to(answers.dtype), chosen)
+        return weighted.sum(-2).to(x.dtype)
+
+    @property
+    def swiglus(self) -> list[SwiGLU]:
+        """The experts, by their own type."""
+        return list(self.ffn)  # type: ignore[arg-type]
 
 
-def mix_one_by_one(
-    x: Float[Tensor, "batch seq dim"], routing: Routing, experts: nn.ModuleList
-) -> Float[Tensor, "batch seq dim"]:
-    """Take each token to its chosen experts in turn. For a few tokens: nothing is sorted, nothing copied."""
-    tokens = rearrange(x, "batch seq dim -> (batch seq) dim")
-    chosen = rearrange(routing.experts, "batch seq choice -> (batch seq) choice").tolist()
-    weights = rearrange(routing.weights, "batch seq choice -> (batch seq) choice")
-    mixed = []
-    for token, choices, shares in zip(tokens.split(1), chosen, weights, strict=True):
-        answers = [experts[e](token) * weight for e, weight in zip(choices, shares, strict=True)]
-        mixed.append(sum(answers[1:], answers[0]))
-    return torch.cat(mixed).view_as(x)
+def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+    """Give every row to every expert, and keep the answer of the one it chose."""
+    answers = torch.stack([expert(rows) for expert in experts])
+    of_chosen = repeat(chosen, "batch seq choice -> 1 batch seq choice features", features=answers.shape[-1])
+    return answers.gather(0, of_chosen).squeeze(0)
 
 
-DISPATCH = {"dense": mix_dense, "sorted": mix_sorted, "one_by_one": mix_one_by_one}
+def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+    """Line the rows up by expert, run each expert once on its own segment, and put the answers back in place.
+
+    Work: `choice / expert` of `take_every`. For many tokens.
+    """
+    flat = rearrange(chosen, "batch seq choice -> (batch seq choice)")
+    by_expert = flat.argsort(stable=True)
+    sizes = flat.bincount(minlength=len(experts)).tolist()
+    segments = rearrange(rows, "batch seq choice features -> (batch seq choice) features")[by_expert].split(sizes)
+    answers = torch.cat([expert(segment) for expert, segment in zip(experts, segments, strict=True) if len(segment)])
+    in_place = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(flat), device=flat.device))
+    return answers[in_place].view(*chosen.shape, -1)
+
+
+def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+    """Take each row to its expert in turn. For a few tokens: nothing is sorted."""
+    each = rows.reshape(chosen.numel(), -1).split(1)
+    answers = [experts[expert](row) for expert, row in zip(chosen.flatten().tolist(), each, strict=True)]
+    return torch.cat(answers).view(*chosen.shape, -1)
+
+
+DISPATCH = {"every": take_every, "sorted": take_sorted, "one_by_one": take_one_by_one}

@@ -11,6 +11,7 @@ from mixtral_lab.model.attention import Attention, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation
+from mixtral_lab.model.site import Site, watched
 
 Cache = list[RollingCache]  # one for each layer
 
@@ -32,13 +33,21 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
+class Residual(nn.Module):
+    """The sites of the residual stream in one layer: before attention, between it and the experts, after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.between, self.after = Site(), Site(), Site()
+
+
 class Block(nn.Module):
     """One layer: attention moves information between positions, the experts work on each position alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim)
+        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.window)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         if config.n_experts is None or config.n_choices is None:
             self.feed_forward = SwiGLU(config.dim, config.hidden)
@@ -46,20 +55,17 @@ class Block(nn.Module):
         else:
             self.router = Router(config.dim, config.n_experts, config.n_choices)
             self.experts = Experts(config.dim, config.hidden, config.n_experts)
+        self.residual = Residual()
 
     def forward(
-        self,
-        x: Float[Tensor, "batch seq dim"],
-        turn: Rotation,
-        mask: Mask | None,
-        causal: bool,
-        cache: RollingCache | None,
+        self, x: Float[Tensor, "batch seq dim"], turn: Rotation, mask: Mask | None, cache: RollingCache | None
     ) -> Float[Tensor, "batch seq dim"]:
-        x = x + self.attention(self.attention_norm(x), turn, mask, causal, cache)
+        x = self.residual.before(x)
+        x = self.residual.between(x + self.attention(self.attention_norm(x), turn, mask, cache))
         normed = self.ffn_norm(x)
         if self.router is None:
-            return x + self.feed_forward(normed)
-        return x + self.experts(normed, self.router(normed))
+            return self.residual.after(x + self.feed_forward(normed))
+        return self.residual.after(x + self.experts(normed, self.router(normed)))
 
 
 class Transformer(nn.Module):
@@ -72,6 +78,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.unembed = None if config.tied else Linear(config.dim, config.vocab)
+        self.logits = Site()
 
     def forward(
         self,
@@ -85,13 +92,14 @@ class Transformer(nn.Module):
         `cache` holds what earlier calls fed; this call goes on from there. `padding` says how many ids at the left
         of each row only fill it up; give the same in every call that shares a cache.
         """
-        turn, mask, causal = self._where(ids, cache, padding)
+        turn, mask = self._where(ids, cache, padding)
         x = self.embed(ids)
         for i, block in enumerate(self.layers):
-            x = block(x, turn, mask, causal, None if cache is None else cache[i])
-        if last_only:
-            x = x[:, -1:]
-        return linear(self.final_norm(x), self.embed.weight if self.unembed is None else self.unembed.weight)
+            x = block(x, turn, mask, None if cache is None else cache[i])
+        whole = not last_only or watched(self.final_norm) or watched(self.logits)  # somebody wants to see them all
+        x = self.final_norm(x if whole else x[:, -1:])
+        logits = self.logits(linear(x, self.embed.weight if self.unembed is None else self.unembed.weight))
+        return logits[:, -1:] if last_only else logits
 
     @property
     def blocks(self) -> list[Block]:
@@ -108,22 +116,19 @@ class Transformer(nn.Module):
 
         return [RollingCache(store(), store()) for _ in range(config.n_layers)]
 
-    def _where(self, ids: Tensor, cache: Cache | None, padding: Tensor | None) -> tuple[Rotation, Mask | None, bool]:
+    def _where(self, ids: Tensor, cache: Cache | None, padding: Tensor | None) -> tuple[Rotation, Mask | None]:
         """Everything that depends on positions alone, once for all layers: rotations, and who sees whom.
 
-        Two cases need no mask, and most calls are one of them: a text that looks back at all of itself
-        (`causal`), and a single new token, for which the cache holds exactly what it may see.
+        Rows that begin together need no mask: a single new token sees all that the cache holds, and `attend_banded`
+        knows the window.
         """
         config, new = self.config, ids.shape[1]
         seen = cache[0].seen if cache else 0
         columns = torch.arange(seen, seen + new, device=ids.device)[None]
         positions = columns if padding is None else columns - padding[:, None]
         turn = rotation(positions, config.head_dim, config.rope_theta)
-        if padding is None and new == 1:
-            return turn, None, False
-        plain = any(block.attention.plain for block in self.blocks)
-        if padding is None and not seen and (config.window is None or new <= config.window) and not plain:
-            return turn, None, True
+        if padding is None and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
+            return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
         key_positions = key_columns if padding is None else key_columns - padding[:, None]
-        return turn, visible(positions, key_positions, config.window), False
+        return turn, visible(positions, key_positions, config.window)

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 import mixtral_lab
 from mixtral_lab.analysis.routing import domain_information
 from mixtral_lab.lab import Lab
+from mixtral_lab.sites import recording
 from mixtral_lab.tokenizer import BPETokenizer
-from mixtral_lab.trace import recording
 from mixtral_lab.train import stream
 
 PROMPTS = (
@@ -60,17 +60,17 @@ def evaluate(lab: Lab, corpus: Path, rows: int, seq: int = 256) -> Evaluation:
     train = stream.load_tokens(corpus / "ids", stream.TRAIN)
     tokens, loss, bigram, bits = {}, {}, {}, {}
     chosen: list[Integer[np.ndarray, "layer token choice"]] = []
+    experts = ["layers.*.router.experts"] if lab.config.n_experts else []
     for d, domain in enumerate(tqdm(held_out.domains, desc="reading held-out text")):
         ids = held_out.stretches(d, rows, seq)
         losses = []
         for part in ids.split(CHUNK):
-            with recording(lab.model) as recorder:
+            with recording(lab.model, experts) as recorder:
                 logits = lab.model(part[:, :-1].to(lab.device))
             losses.append(F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten().to(lab.device)).item())
-            for row in range(len(part)):
-                routing = recorder.routing(row)
-                if routing is not None:
-                    chosen.append(routing.experts.numpy().astype(np.int16))
+            if lab.config.n_experts:
+                for row in range(len(part)):
+                    chosen.append(torch.stack(list(recorder.values(row).values())).numpy().astype(np.int16))
         sizes = [len(part) for part in ids.split(CHUNK)]
         tokens[domain] = ids[:, 1:].numel()
         loss[domain] = float(np.average(losses, weights=sizes))

@@ -1,6 +1,6 @@
-"""The mixture's training step on a CPU: `mix_sorted` with its gradient written out by hand.
+"""The mixture's training step on a CPU: `take_sorted` with its gradient written out by hand.
 
-Autograd through `mix_sorted` works and is what the tests compare this with; it spends half of its time on
+Autograd through the model's own mixture works, and gives what the tests compare this with; it spends half of its time on
 copies, casts, and on kernels that oneDNN compiles anew for every number of rows. Here the rows of each expert
 are rounded up so that their number repeats, `gate` and `up` are one product, and every scatter is a gather.
 """
@@ -20,7 +20,7 @@ ROWS = 128  # each expert's rows are rounded up to a multiple of this
 
 
 def mix_for_training(x: Tensor, routing: Routing, experts: nn.ModuleList) -> Tensor:
-    """Equal to `mix_sorted`, in bfloat16, for training. `x` is `batch seq dim`; so is the result.
+    """Equal to `mix_dense`, in bfloat16, for training. `x` is `batch seq dim`; so is the result.
 
     Under `torch.autocast` the master weights stay float32 and get float32 gradients.
     """
