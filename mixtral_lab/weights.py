@@ -64,6 +64,7 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1_500_000_000  # parameters; below it, "auto" takes float32 on a CPU
+EXPERT = re.compile(r"layers\.(\d+)\.experts\.ffn\.(\d+)\.(\w+)\.weight")
 # What `save_model` may have written, and may replace.
 OURS = re.compile(
     r"(model|consolidated)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_)?config\.json|params\.json"
@@ -89,8 +90,8 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     `resolve_device` and `resolve_dtype` say what "auto" means. On the CPU and in the stored dtype, parameters
     are views of the mapped file, except quantised ones and those that a layout orders otherwise (query and
     key in Mistral's and in GGUF). Writing to them does not change the file; the file must not be changed
-    beneath them. In any other case tensors are converted one by one: at no time are there two copies of the
-    model.
+    beneath them. In any other case tensors are converted one by one, the experts of a layer side by side: at no time
+    are there two copies of the model.
 
     Raises what `read_config` raises; `MissingTensors`, `ExtraTensors`, `WrongShape`, `MissingShards`,
     `CorruptFile` or `PickleRefused` for files that cannot be the model; `NotEnoughMemory`, `DeviceError`,
@@ -103,10 +104,20 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     numbers = resolve_dtype(dtype, stored_dtype(source), where, config)
     _check_memory(config, numbers, where)
 
+    banks: dict[tuple[str, str], Tensor] = {}
+
     def read(ours: str, place: Place) -> Tensor:
         tensor = source.read(place.tensor, place.expert)
         if place.half is not None:
             tensor = tensor.chunk(2)[place.half]
+        expert = EXPERT.fullmatch(ours)
+        if expert is not None and (tensor.dtype != numbers or where.type != "cpu"):
+            layer, number, role = expert.groups()
+            together = banks.get((layer, role))
+            if together is None:
+                together = torch.empty(config.n_experts or 0, *tensor.shape, dtype=numbers, device=where)
+                banks[layer, role] = together
+            return together[int(number)].copy_(tensor)
         tensor = tensor.to(where, numbers)
         heads = _rotated_heads(ours, config) if found.layout.neighbours else None
         return tensor if heads is None else halves_from_neighbours(tensor, heads)

@@ -129,7 +129,7 @@ def test_memory_is_bounded_by_the_window():
 
 
 def test_rotated_dot_products_see_only_distance():
-    q, k = torch.randn(2, 1, 1, 1, 16).unbind()
+    q, k = torch.randn(2, 1, 1, 1, 1, 16).unbind()
 
     def score(i, j):
         turned = [rotate(x, rotation(torch.tensor([[p]]), 16, 100.0)) for x, p in ((q, i), (k, j))]

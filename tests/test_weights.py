@@ -221,7 +221,7 @@ def test_mistrals_files_pair_neighbouring_rows():
     def ours(weight):
         rows = x @ weights.halves_from_neighbours(weight, heads).T
         turn = rotation(torch.arange(seq)[None], head_dim, 1e4)
-        return rotate(rows.view(1, seq, heads, head_dim).transpose(1, 2), turn)[0].transpose(0, 1)
+        return rotate(rows.view(1, seq, heads, 1, head_dim).permute(0, 2, 3, 1, 4), turn)[0, :, 0].transpose(0, 1)
 
     theirs, mine = (torch.einsum("qhd,khd->hqk", it(query), it(key)) for it in (mistrals, ours))
     assert torch.allclose(theirs, mine, atol=1e-4)

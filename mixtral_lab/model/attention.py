@@ -17,6 +17,7 @@ from mixtral_lab.model.linear import Linear
 from mixtral_lab.model.rope import Rotation, rotate
 from mixtral_lab.model.site import Site
 
+Ring = Float[Tensor, "batch kv ring head_dim"]
 NewKeys = Float[Tensor, "batch kv seq head_dim"]
 Pattern = Float[Tensor, "batch kv group query key"]
 Mask = Bool[Tensor, "#batch query key"]
@@ -82,6 +83,14 @@ def attend_one(query: Query, key: Keys, value: Keys) -> Query:
     return F.scaled_dot_product_attention(query.squeeze(3), key, value).unsqueeze(3)
 
 
+def attend_step(query: Query, key: Keys, value: Keys, mask: Mask) -> Query:
+    """The plain definition for a single query, its products written out as multiply and sum: compiled, a few loops."""
+    scores = (query.float() * key.unsqueeze(2).float()).sum(-1) * query.shape[-1] ** -0.5
+    pattern = F.softmax(scores.masked_fill(~mask.unsqueeze(1), -torch.inf), dim=-1)
+    out = (rearrange(pattern, "batch kv group key -> batch kv group key 1") * value.unsqueeze(2).float()).sum(-2)
+    return out.to(query.dtype).unsqueeze(3)
+
+
 class RollingCache:
     """The keys and values that one layer still needs. Position `p` is kept in slot `p % ring`.
 
@@ -91,7 +100,7 @@ class RollingCache:
     Source: Mistral 7B (arXiv 2310.06825, section 2, Figure 2).
     """
 
-    def __init__(self, keys: Float[Tensor, "batch kv ring head_dim"], values: Float[Tensor, "batch kv ring head_dim"]):
+    def __init__(self, keys: Ring, values: Ring) -> None:
         self.keys, self.values = keys, values
         self.seen = 0
 
@@ -131,7 +140,7 @@ class RollingCache:
         self._write(key, value)
         return looked_at
 
-    def _ordered(self, store: Float[Tensor, "batch kv ring head_dim"], in_order: bool = True) -> Keys:
+    def _ordered(self, store: Ring, in_order: bool = True) -> Keys:
         """The filled slots, unrolled. With a ring of 4 and 6 columns seen, slots hold columns 4, 5, 2, 3."""
         oldest = self.seen % self.ring
         if self.seen <= self.ring or not oldest or not in_order:
@@ -140,6 +149,12 @@ class RollingCache:
 
     def _write(self, key: NewKeys, value: NewKeys) -> None:
         new = key.shape[2]
+        if new == 1:
+            slot = self.seen % self.ring
+            self.keys[:, :, slot] = key[:, :, 0]
+            self.values[:, :, slot] = value[:, :, 0]
+            self.seen += 1
+            return
         kept = min(new, self.ring)  # of a chunk longer than the ring, only the end is ever seen again
         start = (self.seen + new - kept) % self.ring
         head = min(kept, self.ring - start)
@@ -149,6 +164,28 @@ class RollingCache:
             if head < kept:
                 store[:, :, : kept - head] = part[:, :, head:]
         self.seen += new
+
+
+class FixedCache(RollingCache):
+    """One step of a rolling cache in which no shape and no number changes, so that it compiles once for all steps.
+
+    `seen` is a tensor. `extend` gives the whole ring as it lies, and `columns` says what lies where: what was not filled
+    yet has a column below 0, which no text sees.
+    """
+
+    def __init__(self, keys: Ring, values: Ring, seen: Int[Tensor, ""]) -> None:
+        self.keys, self.values = keys, values
+        self.seen = seen  # type: ignore[assignment]
+
+    def columns(self, new: int) -> Int[Tensor, " key"]:
+        """The column in each slot once this step's is fed."""
+        slots = torch.arange(self.ring, device=self.keys.device)
+        return self.seen - (self.seen - slots) % self.ring
+
+    def extend(self, key: NewKeys, value: NewKeys, in_order: bool = False) -> tuple[Keys, Keys]:
+        """Keep one new key and value; return the whole ring."""
+        slot = torch.as_tensor(self.seen % self.ring)[None]
+        return self.keys.index_copy_(2, slot, key), self.values.index_copy_(2, slot, value)
 
 
 class Heads(nn.Module):
@@ -189,9 +226,10 @@ class Attention(nn.Module):
             kv=kv,
             head_dim=head_dim,
         )
-        key = rearrange(self.key(x), "batch seq (kv head_dim) -> batch kv seq head_dim", kv=kv)
+        key = rearrange(self.key(x), "batch seq (kv head_dim) -> batch kv 1 seq head_dim", kv=kv)
         value = rearrange(self.value(x), "batch seq (kv head_dim) -> batch kv seq head_dim", kv=kv)
-        query, key = self.heads.query(rotate(query, turn)), self.heads.key(rotate(key, turn))
+        turned = rotate(torch.cat((query, key), dim=2), turn)  # keys turn as the queries of their group do
+        query, key = self.heads.query(turned[:, :, :-1]), self.heads.key(turned[:, :, -1])
         value = self.heads.value(value)
         explicit = self.explicit
         if cache is not None:
@@ -199,6 +237,8 @@ class Attention(nn.Module):
         if explicit:
             scores = self.scores(attention_scores(query, key))
             out = attended(self.pattern(attention_pattern(scores, mask)), value)
+        elif isinstance(cache, FixedCache) and mask is not None:
+            out = attend_step(query, key, value, mask)
         elif mask is not None:
             out = attend_masked(query, key, value, mask)
         elif query.shape[3] == 1:

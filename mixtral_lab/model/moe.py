@@ -9,7 +9,7 @@ A `Site` lets a value pass; it is there to be looked at and changed by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import Linear
-from mixtral_lab.model.site import Site
+from mixtral_lab.model.linear import SMALL, Linear
+from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
 Rows = Float[Tensor, "batch seq choice features_in"]
@@ -116,8 +116,16 @@ class Experts(nn.Module):
         self.ffn = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(n_experts))
         self.hidden, self.out, self.weighted = Site(), Site(), Site()
         self.dispatch: str | Mix = "auto"
+        self.bank: Bank | None = None
+        self._sought = False  # whether the bank was looked for
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
+        if self.dispatch == "auto":
+            if torch.compiler.is_compiling() and self.bank is not None:
+                return mix_picked(x, routing.weights, *(part[routing.experts] for part in self.bank))
+            mixed = self._two_in_place(x, routing)
+            if mixed is not None:
+                return mixed
         apart = self.hidden.watched or self.out.watched or self.weighted.watched
         dispatch = mix_dense if self.dispatch == "dense" else self.dispatch
         if not isinstance(dispatch, str):
@@ -142,6 +150,99 @@ class Experts(nn.Module):
     def swiglus(self) -> list[SwiGLU]:
         """The experts, by their own type."""
         return list(self.ffn)  # type: ignore[arg-type]
+
+    def _two_in_place(self, x: Tensor, routing: Routing) -> Tensor | None:
+        """A single token and its two experts in one sweep, read where they lie; None where that cannot be or does not pay.
+
+        Two experts are every n-th of the bank: a slice, which copies nothing.
+        """
+        if (
+            x.numel() > x.shape[-1]
+            or routing.experts.numel() != 2
+            or x.dtype != torch.float32
+            or x.device.type != "cpu"
+        ):
+            return None
+        if self.swiglus[0].gate.weight.numel() >= SMALL or torch.is_grad_enabled() or not free_of_hooks(self):
+            return None
+        first, second = routing.experts.flatten().tolist()
+        if first == second or not self._has_bank(first, second):
+            return None
+        two = slice(min(first, second), max(first, second) + 1, abs(first - second))
+        weights = routing.weights.flatten()
+        weights = weights if first < second else weights.flip(0)
+        return mix_picked(x.flatten(), weights, *(part[two] for part in self.bank or ())).view_as(x)
+
+    def lay_out(self) -> None:
+        """Have a bank, whatever it takes: for compiling."""
+        self.bank, self._sought = bank(self.swiglus, copy=True), True
+
+    def _has_bank(self, *chosen: int) -> bool:
+        """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again."""
+        if self.bank is not None:
+            for expert in chosen:
+                swiglu: Any = self.ffn[expert]
+                held = (swiglu.gate.weight, swiglu.up.weight, swiglu.down.weight)
+                if any(part[expert].data_ptr() != w.data_ptr() for part, w in zip(self.bank, held, strict=True)):
+                    self.bank, self._sought = None, False
+                    break
+        if not self._sought:
+            self.bank, self._sought = bank(self.swiglus), True
+        return self.bank is not None
+
+
+class Bank(NamedTuple):
+    """The experts' matrices, each role as one tensor, so that choosing experts is indexing."""
+
+    gate: Float[Tensor, "expert hidden dim"]
+    up: Float[Tensor, "expert hidden dim"]
+    down: Float[Tensor, "expert dim hidden"]
+
+
+def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
+    """The bank of a layer's experts: a view of their own memory where a file lays them out evenly.
+
+    Elsewhere there is none, unless `copy` is set: then they are laid out anew, and the experts' own weights become views.
+    """
+
+    def side_by_side(role: str) -> Tensor | None:
+        weights = [getattr(expert, role).weight.detach() for expert in experts]
+        first, places = weights[0], [weight.storage_offset() for weight in weights]
+        step = places[1] - places[0] if len(places) > 1 else first.numel()
+        if (
+            step > 0
+            and places == list(range(places[0], places[0] + step * len(places), step))
+            and all(w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for w in weights)
+            and all(w.is_contiguous() for w in weights)
+        ):
+            return first.as_strided((len(weights), *first.shape), (step, *first.stride()), places[0])
+        if not copy:
+            return None
+        laid = torch.stack(weights)
+        for expert, weight in zip(experts, laid, strict=True):
+            getattr(expert, role).weight.data = weight
+        return laid
+
+    gate, up, down = (side_by_side(role) for role in ("gate", "up", "down"))
+    return None if gate is None or up is None or down is None else Bank(gate, up, down)
+
+
+def mix_picked(
+    x: Float[Tensor, "*tokens dim"],
+    weights: Float[Tensor, "*tokens choice"],
+    gate: Float[Tensor, "*tokens choice hidden dim"],
+    up: Float[Tensor, "*tokens choice hidden dim"],
+    down: Float[Tensor, "*tokens choice dim hidden"],
+) -> Float[Tensor, "*tokens dim"]:
+    """The mixture of the experts that were picked for each token, every product written out as multiply and sum.
+
+    For a token or two: the matrices are read from memory once, which is all the time it takes. Compiled, picking them and
+    multiplying become one loop.
+    """
+    vector = x.float().unsqueeze(-2).unsqueeze(-2)
+    hidden = F.silu((gate.float() * vector).sum(-1)) * (up.float() * vector).sum(-1)
+    answers = (down.float() * hidden.unsqueeze(-2)).sum(-1)
+    return (answers * weights.float().unsqueeze(-1)).sum(-2).to(x.dtype)
 
 
 def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:

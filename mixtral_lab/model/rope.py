@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Rotation = tuple[Float[Tensor, "#batch seq head_dim"], Float[Tensor, "#batch seq head_dim"]]
+Heads = Float[Tensor, "batch kv group seq head_dim"]
+# Cosines and sines, with an axis of 1 where queries have `kv` and `group`.
+Rotation = tuple[Float[Tensor, "#batch 1 1 seq head_dim"], Float[Tensor, "#batch 1 1 seq head_dim"]]
 
 
 def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) -> Rotation:
@@ -18,22 +20,17 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
     float32 whatever the model's dtype. Source: RoFormer (arXiv 2104.09864, section 3.2.2).
     """
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[..., None] * theta ** (-pair / head_dim)
+    angles = positions.float()[:, None, None, :, None] * theta ** (-pair / head_dim)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: Float[Tensor, "batch *heads seq head_dim"], turn: Rotation) -> Float[Tensor, "batch *heads seq head_dim"]:
+def rotate(x: Heads, turn: Rotation) -> Heads:
     """Turn every pair of numbers in each head by its angle; the dot product of two then sees only distance.
 
     A pair is (number `i`, number `i + head_dim / 2`), the layout of Hugging Face checkpoints. Mistral's own
     files pair neighbours; `weights.py` reorders them on the way in.
     """
-    cos, sin = (_over_heads(part, x) for part in turn)
+    cos, sin = (part.to(x.dtype) for part in turn)
     partner = x.roll(x.shape[-1] // 2, dims=-1)
     return x * cos + partner * sin
-
-
-def _over_heads(part: Float[Tensor, "#batch seq head_dim"], x: Tensor) -> Tensor:
-    heads = [1] * (x.ndim - 3)
-    return part.view(part.shape[0], *heads, *part.shape[1:]).to(x.dtype)

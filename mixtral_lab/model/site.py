@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Site(nn.Module):
@@ -30,3 +31,16 @@ def watched(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def free_of_hooks(module: nn.Module) -> bool:
+    """Whether nobody looks anywhere inside. Asked at every step, so it looks only if a hook was made since last time.
+
+    PyTorch numbers the hooks that it makes, in all modules together.
+    """
+    made = RemovableHandle.next_id
+    if getattr(module, "_free_of_hooks_at", None) == made:
+        return True
+    free = not any(watched(inner) for inner in module.modules())
+    module._free_of_hooks_at = made if free else None  # type: ignore[assignment]
+    return free

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.config import Config
-from mixtral_lab.model.attention import Attention, Mask, RollingCache, visible
+from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation
@@ -124,10 +124,11 @@ class Transformer(nn.Module):
         """
         config, new = self.config, ids.shape[1]
         seen = cache[0].seen if cache else 0
-        columns = torch.arange(seen, seen + new, device=ids.device)[None]
+        columns = (seen + torch.arange(new, device=ids.device))[None]
         positions = columns if padding is None else columns - padding[:, None]
         turn = rotation(positions, config.head_dim, config.rope_theta)
-        if padding is None and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
+        fixed = cache is not None and isinstance(cache[0], FixedCache)
+        if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
         key_positions = key_columns if padding is None else key_columns - padding[:, None]

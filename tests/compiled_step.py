@@ -1,0 +1,100 @@
+"""The compiled decode step is the decode step. Run by test_compile.py, without the checks of shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_model import random_model
+from test_parity import mixtral
+
+from mixtral_lab.edit import editing
+from mixtral_lab.generate import Sampling, compile_decode, decode, generate_ids, prefill
+from mixtral_lab.model import Transformer
+from mixtral_lab.model.moe import bank
+
+
+@pytest.fixture(scope="module", params=["sparse", "dense", "bfloat16"])
+def model(request) -> Transformer:
+    torch.manual_seed(1)
+    dense = {"n_experts": None, "n_choices": None} if request.param == "dense" else {}
+    found = random_model(mixtral(window=6, **dense)).requires_grad_(False)
+    return found.bfloat16() if request.param == "bfloat16" else found
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    return compile_decode(model)
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_it_is_decode_beyond_the_window_and_for_any_length(model, step, length):
+    ids = torch.randint(model.config.vocab, (1, 4))
+    mine, theirs = model.new_cache(1, length), model.new_cache(1, length)
+    prefill(model, ids, mine)
+    prefill(model, ids, theirs)
+    near = {"atol": 1e-4, "rtol": 1e-4} if model.embed.weight.dtype == torch.float32 else {"atol": 0.25, "rtol": 0.1}
+    for token in torch.randint(model.config.vocab, (length - 4, 1)):
+        torch.testing.assert_close(step(model, token, mine, None), decode(model, token, theirs), **near)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.seen == other.seen == length
+        torch.testing.assert_close(one.keys, other.keys, **near)
+
+
+def test_hooks_and_edits_are_not_passed_over(model, step):
+    if model.config.n_experts is None or model.embed.weight.dtype != torch.float32:
+        return
+    cache, same, edited = (model.new_cache(1, 9) for _ in range(3))
+    ids = torch.randint(model.config.vocab, (1, 4))
+    for one in (cache, same, edited):
+        prefill(model, ids, one)
+    token = torch.tensor([3])
+    plain = step(model, token, cache, None)
+    with editing(model, {"layers.0.residual.after": lambda x: x.flip(-1)}):
+        changed = step(model, token, edited, None)
+    assert (plain - changed).abs().max() > 1e-3
+    seen = []
+    hook = model.layers[0].experts.ffn.register_forward_hook(lambda *_: seen.append("never: a list is not called"))
+    down = [expert.down.register_forward_hook(lambda *_: seen.append("down")) for expert in model.layers[0].experts.ffn]
+    step(model, token, same, None)
+    for one in (hook, *down):
+        one.remove()
+    assert seen == ["down"] * model.config.n_choices
+
+
+def test_texts_are_the_same(model, step):
+    if model.embed.weight.dtype != torch.float32:
+        return
+    prompt = [[1, 2, 3, 4, 5]]
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=3)):
+        plain = list(generate_ids(model, prompt, 20, sampling))
+        assert list(generate_ids(model, prompt, 20, sampling, decode=step)) == plain
+    several = [[1, 2, 3], [4, 5, 6, 7]]
+    assert list(generate_ids(model, several, 5, decode=step)) == list(generate_ids(model, several, 5))
+
+
+def test_a_bank_is_a_view_where_weights_lie_evenly():
+    model = random_model(mixtral()).requires_grad_(False)
+    experts = model.layers[0].experts.swiglus
+    assert bank(experts) is None
+    before = [expert.up.weight.clone() for expert in experts]
+    laid = bank(experts, copy=True)
+    for e, expert in enumerate(experts):
+        assert laid.up[e].data_ptr() == expert.up.weight.data_ptr()
+        assert torch.equal(expert.up.weight, before[e])
+    again = bank(experts)
+    assert again is not None and again.down.data_ptr() == laid.down.data_ptr()
+
+
+def test_a_weight_that_was_replaced_is_seen():
+    model = random_model(mixtral()).requires_grad_(False).eval()
+    for block in model.blocks:
+        block.experts.lay_out()
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        before = model(ids)
+        for expert in model.layers[0].experts.ffn:
+            expert.down.weight.data = expert.down.weight * 3
+        after = model(ids)
+        model.layers[0].experts.dispatch = "dense"
+        torch.testing.assert_close(model(ids), after, atol=1e-5, rtol=1e-4)
+    assert (before - after).abs().max() > 1e-3
