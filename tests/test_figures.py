@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_lab import figures
-from mixtral_lab.analysis import assignment_shares
+from mixtral_lab.analysis import as_shares, assignment_counts, choices
 from mixtral_lab.figures import (
     COLUMNS,
     EXPERT_COLOURS,
     MOST_EXPERTS,
     FigureError,
+    colours,
     expert_colour,
     expert_shares,
     text_colour,
     token_layer_map,
     tokens_by_expert,
 )
+from mixtral_lab.figures.tokens import typeset
 from mixtral_lab.model.moe import route
 from mixtral_lab.trace import Trace, TraceError
 
@@ -59,11 +61,13 @@ def made_up(tokens=ODD, layers=5, experts=8, choices=2, n_prompt=None, model="ma
     routing = route(torch.randn(layers, len(tokens), experts).to(dtype), choices)
     n_prompt = len(tokens) if n_prompt is None else n_prompt
     name = str(dtype).removeprefix("torch.")
-    return Trace(torch.arange(len(tokens)), tuple(tokens), n_prompt, model, name, routing)
+    return Trace.from_arrays(
+        tokens, routing.experts, routing.weights, routing.logits, n_prompt=n_prompt, model=model, dtype=name
+    )
 
 
 def dense() -> Trace:
-    return Trace(torch.arange(2), ("a", "b"), 2, "mini-mistral", "float32")
+    return Trace(torch.arange(2), ("a", "b"), 2, "mini-mistral", "float32", n_layers=3)
 
 
 def light(colour: str) -> np.ndarray:
@@ -86,25 +90,25 @@ def title_of(figure) -> str:
 
 @pytest.mark.parametrize("eyes", EYES)
 def test_the_eight_colours_differ_for_every_eye(eyes):
-    seen = [figures._oklab(np.clip(light(colour) @ np.array(EYES[eyes]).T, 0, 1)) for colour in EXPERT_COLOURS]
+    seen = [colours.oklab(np.clip(light(colour) @ np.array(EYES[eyes]).T, 0, 1)) for colour in EXPERT_COLOURS]
     nearest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2))
     assert nearest > 0.135  # Okabe and Ito's own eight: 0.076; a just noticeable step is about 0.02
 
 
 def test_every_expert_has_a_colour_of_its_own_and_readable_text():
-    colours = [expert_colour(expert) for expert in range(MOST_EXPERTS)]
-    assert colours[:8] == list(EXPERT_COLOURS) and len(set(colours)) == MOST_EXPERTS
-    for colour in colours:
+    all_of_them = [expert_colour(expert) for expert in range(MOST_EXPERTS)]
+    assert all_of_them[:8] == list(EXPERT_COLOURS) and len(set(all_of_them)) == MOST_EXPERTS
+    for colour in all_of_them:
         assert re.fullmatch("#[0-9A-F]{6}", colour)
         assert contrast(colour, text_colour(colour)) >= 4.5
-    few = [figures._oklab(light(colour)) for colour in colours[:64]]
+    few = [colours.oklab(light(colour)) for colour in all_of_them[:64]]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(few, 2)) > 0.06
 
 
 def test_a_colour_does_not_depend_on_what_was_asked_before():
-    figures._palette.cache_clear()
+    colours.palette.cache_clear()
     later_first = expert_colour(700), expert_colour(9)
-    figures._palette.cache_clear()
+    colours.palette.cache_clear()
     assert (expert_colour(9), expert_colour(700)) == later_first[::-1]
 
 
@@ -152,7 +156,7 @@ def test_every_tile_is_its_token_and_its_expert(layers, dtype):
 
 @given(st.lists(st.sampled_from([*ODD, "word", "␣a", "⏎"]), min_size=1, max_size=80))
 def test_tiles_never_overlap_nor_leave_the_line(tokens):
-    text = figures._typeset(tokens)
+    text = typeset(tokens)
     assert len(text.shown) == len(tokens)
     for i in range(len(tokens)):
         assert text.start[i] >= 0 and text.start[i] + text.width[i] <= COLUMNS
@@ -176,6 +180,19 @@ def test_three_hundred_tokens_stay_light():
     trace = made_up([f"␣word{i}" for i in range(300)], layers=8)
     assert len(tokens_by_expert(trace).to_json()) < 200_000
     assert len(token_layer_map(trace).to_json()) < 400_000
+
+
+def test_only_the_chosen_experts_are_known():
+    trace = made_up(layers=3)
+    imported = Trace.from_arrays(trace.tokens, trace.experts, n_experts=8)
+    for panel, of_whole in zip(
+        tiles(tokens_by_expert(imported), imported), tiles(tokens_by_expert(trace), trace), strict=True
+    ):
+        assert {at: tile[:2] for at, tile in panel.items()} == {at: tile[:2] for at, tile in of_whole.items()}
+        assert "takes" not in panel[0][3].hovertemplate and "takes" in of_whole[0][3].hovertemplate
+    heat, whole = token_layer_map(imported).data[0], token_layer_map(trace).data[0]
+    np.testing.assert_array_equal(np.floor(np.array(heat.z)), np.floor(np.array(whole.z)))
+    assert "takes" not in heat.hovertemplate
 
 
 # The map
@@ -219,7 +236,7 @@ def test_the_map_has_the_experts_colours():
 
 
 def test_bars_are_the_shares():
-    shares = np.stack([assignment_shares(made_up(layers=6).routing) for _ in range(3)])
+    shares = np.stack([as_shares(assignment_counts(*choices(made_up(layers=6)))) for _ in range(3)])
     figure = expert_shares(shares, ["code", "a < b", "prose"], model="made-up", dtype="float32")
     bars = [bar for bar in figure.data if bar.type == "bar"]
     assert len(bars) == 3 * 8
@@ -237,7 +254,7 @@ def test_bars_are_the_shares():
 @pytest.mark.parametrize(
     ("shares", "domains", "message"),
     [
-        (np.full((2, 1, 4), 0.25), ["one"], "shares of 2 domains but names of 1"),
+        (np.full((2, 1, 4), 0.25), ["one"], "values of 2 domains but names of 1"),
         (np.zeros((0, 1, 4)), [], "0 domains"),
         (np.full((2, 1, 4), 0.25), ["one", "one"], "same name"),
         (np.full((1, 1, 4), 0.5), ["one"], "sum to 1"),
@@ -254,7 +271,7 @@ def test_not_shares(shares, domains, message):
 
 
 def each_figure(trace):
-    shares = assignment_shares(trace.routing)[None]
+    shares = as_shares(assignment_counts(*choices(trace)))[None]
     return [
         tokens_by_expert(trace),
         token_layer_map(trace),
@@ -290,7 +307,7 @@ def test_layers_that_are_not_there(layers, message):
     with pytest.raises(FigureError, match=message):
         tokens_by_expert(trace, layers)
     with pytest.raises(FigureError, match=message):
-        expert_shares(assignment_shares(trace.routing)[None], ["text"], layers)
+        expert_shares(as_shares(assignment_counts(*choices(trace)))[None], ["text"], layers)
 
 
 @pytest.mark.parametrize("figure", [tokens_by_expert, token_layer_map])
@@ -298,6 +315,6 @@ def test_what_cannot_be_drawn(figure):
     with pytest.raises(TraceError, match="dense model"):
         figure(dense())
     whole = made_up()
-    short = Trace(whole.ids[:-1], whole.tokens[:-1], 3, "made-up", "float32", whole.recorded)
+    short = replace(whole, tokens=whole.tokens[:-1])
     with pytest.raises(FigureError, match="13 tokens but decisions for 14"):
         figure(short)
