@@ -97,7 +97,7 @@ def check_length(config: Config, seq: int) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is recorded stays an ordinary tensor, which a probe can be trained on
 def prefill(
     model: Transformer,
     ids: Int[Tensor, "batch seq"],
@@ -115,7 +115,7 @@ def prefill(
     return logits[:, -1]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     model: Transformer, ids: Int[Tensor, " batch"], cache: Cache, padding: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, "batch vocab"]:
@@ -142,12 +142,9 @@ def compile_decode(model: Transformer) -> Decode:
         cache: Cache = [FixedCache(*ring, seen) for ring in zip(keys, values, strict=True)]
         return model(ids[:, None], cache, last_only=True)[:, -1]
 
-    # Without these, each row of a matrix would compute the vector that it is multiplied with once more.
-    compiled = torch.compile(
-        step, fullgraph=True, options={"realize_opcount_threshold": 1, "realize_reads_threshold": 1}
-    )
+    compiled = torch.compile(step, fullgraph=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def compiled_decode(
         given: Transformer, ids: Int[Tensor, " batch"], cache: Cache, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch vocab"]:

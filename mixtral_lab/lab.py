@@ -26,6 +26,7 @@ from mixtral_lab.generate import (
     generate_ids,
 )
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.linear import pack
 from mixtral_lab.model.site import watched
 from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -73,7 +74,14 @@ class Lab:
         """From now on, write with a compiled decode step: about half a minute for the first token, then fast."""
         self._decode = compile_decode(self.model)
 
-    @torch.inference_mode()
+    def pack(self) -> int:
+        """Keep a second copy of bfloat16 weights in the order that a CPU multiplies fastest; the bytes it takes.
+
+        It nearly halves the time of a written token. 0 where there is nothing to pack: on a GPU, in float32.
+        """
+        return pack(self.model)
+
+    @torch.no_grad()
     def logits(self, ids: Tensor) -> Float[Tensor, "batch seq vocab"]:
         """Scores of every possible next token after each position, from ids `batch seq`.
 

@@ -188,7 +188,7 @@ class Recorder:
             if table[name].axes.endswith("key"):
                 calls = [F.pad(call, (0, self.seq - call.shape[-1]), value=_unseen(name)) for call in calls]
             if calls:
-                found[name] = torch.cat(calls, dim=table[name].seq)
+                found[name] = calls[0] if len(calls) == 1 else torch.cat(calls, dim=table[name].seq)
         return found
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mixtral_lab
 from mixtral_lab.analysis import AnalysisError
 from mixtral_lab.analysis import causal as analysis
 from mixtral_lab.analysis.causal import (
@@ -19,6 +20,7 @@ from mixtral_lab.analysis.causal import (
     noise_floor,
     patch_sweep,
     questions,
+    replay_effect,
     reroute_sweep,
     score,
     top_k_sweep,
@@ -29,6 +31,7 @@ from mixtral_lab.figures import causal as figures
 from mixtral_lab.lab import Lab
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.moe import Routing, mix_dense
+from mixtral_lab.trace import Trace
 
 
 class Letters:
@@ -322,3 +325,24 @@ def test_the_patching_map_shows_what_came_back():
     assert list(heat.x) == ["0 &lt;s&gt;", "1 a", "2 b", "3 c → x", "4 d", "5 e"]
     with pytest.raises(FigureError, match="6 positions"):
         figures.patching_map(found.recovered, found.tokens[0][1:], found.tokens[1], "f", "g")
+
+
+def test_replaying_its_own_routing_changes_nothing_and_another_something():
+    lab = mixtral_lab.load("mini-mixtral")
+    trace = lab.trace("Once upon a time there was a little robot.")
+    same = replay_effect(lab, trace)
+    assert len(same) == len(trace) - 1
+    assert same["change"].abs().max() < 1e-4
+    assert not same[["layers_changed", "first_changed"]].any(axis=None)
+    shifted = Trace.from_arrays(trace.tokens, (trace.experts + 1) % 8, ids=trace.ids.tolist())
+    other = replay_effect(lab, shifted)
+    assert other["change"].abs().max() > 0.1
+    assert (other["log_p"] == same["log_p"]).all()
+    for position in range(
+        1, len(trace)
+    ):  # in the first layer nothing was changed before: its own choice is the trace's
+        assert other["layers_changed"][position - 1] >= (
+            set(shifted.experts[0, position].tolist()) != set(trace.experts[0, position].tolist())
+        )
+    with pytest.raises(AnalysisError, match="not this model's"):
+        replay_effect(lab, Trace.from_arrays(trace.tokens, trace.experts))

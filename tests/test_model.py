@@ -11,7 +11,7 @@ from test_parity import configs, mixtral
 from mixtral_lab.config import Config, ConfigError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one, attend_plain, visible
-from mixtral_lab.model.linear import linear, onednn_works
+from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable
 from mixtral_lab.model.moe import DISPATCH, Experts, Router, route
 from mixtral_lab.model.rope import rotate, rotation
 
@@ -139,12 +139,42 @@ def test_rotated_dot_products_see_only_distance():
     assert abs(score(5, 2) - score(5, 3)) > 1e-3
 
 
-@pytest.mark.parametrize("rows", [(1,), (3, 5), (31,), (32,), (33,), (2, 64), (7, 9, 3)])
-@pytest.mark.parametrize("size", [(24, 40), (900, 700)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (31,), (32,), (33,), (2, 64), (7, 9, 3)])
+@pytest.mark.parametrize("size", [(24, 40), (200, 300), (900, 700)])
 def test_linear_is_pytorchs_on_every_number_of_rows(rows, size):
     x, weight = torch.randn(*rows, size[0]), torch.randn(size[1], size[0])
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+
+
+def test_portable_is_plain_pytorch(monkeypatch):
+    x, weight = torch.randn(1, 200), torch.randn(300, 200)
+    with torch.no_grad():
+        with portable():
+            assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+            with pytest.raises(RuntimeError), portable():
+                raise RuntimeError
+        monkeypatch.setattr("torch.nn.functional.linear", None)
+        linear(x, weight)  # the shorter road again
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_weights_give_the_same_and_notice_a_change(rows):
+    layer = Linear(256, 320).bfloat16().requires_grad_(False)
+    x = torch.randn(rows, 256).bfloat16()
+    plain = layer(x)
+    assert pack(layer) == (320 * 256 * 2 if packing_works() else 0)
+    torch.testing.assert_close(layer(x), plain, atol=0.02, rtol=0.02)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), plain * 2, atol=0.04, rtol=0.02)
+    layer.weight.data = layer.weight.data * 2
+    pack(layer)
+    layer.weight.data = layer.weight.data.float().mul(-1).bfloat16()
+    torch.testing.assert_close(layer(x), plain * -4, atol=0.08, rtol=0.02)
+
+
+def test_float32_has_nothing_to_pack():
+    assert pack(Linear(256, 320)) == 0
 
 
 def test_linear_without_onednn_is_the_same(monkeypatch):

@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixtral_lab.analysis.routing import AnalysisError
-from mixtral_lab.edit import HOW, Edit, ablate, patch, reroute, top_k
+from mixtral_lab.edit import HOW, Edit, ablate, patch, replay, reroute, top_k
 from mixtral_lab.lab import Lab
 from mixtral_lab.model import Transformer
 from mixtral_lab.sites import recording
+from mixtral_lab.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -257,6 +258,36 @@ def patch_sweep(
         with lab.edit(patch(f"layers.{layer}.{site}", trace, position)):
             recovered[layer, position] = (difference(ids[1]) - bad) / (good - bad)
     return Patching(recovered, good, bad, (tokens[0], tokens[1]))
+
+
+def replay_effect(lab: Lab, trace: Trace) -> pd.DataFrame:
+    """What a recorded routing does to this model, token by token: the trace's text read with it, and without.
+
+    A row per token but the first: position, token, log_p (nats, of the token given those before it) and replayed (the
+    same under the trace's choices), change, layers_changed (in how many layers the token's own choice is another set), and
+    first_changed (in how many another first choice). The choices at a position bear on the tokens after it. Routing
+    replay is known from reinforcement learning (R3). Raises `AnalysisError` if the trace's ids are not this model's.
+    """
+    import pandas as pd
+
+    ids = trace.ids.tolist()
+    if not 0 <= min(ids) <= max(ids) < lab.config.vocab:
+        raise AnalysisError("The trace's token ids are not this model's: give Trace.from_arrays the ids.")
+    forced = replay(trace)
+    before = _log_p(lab, ids)
+    with lab.edit(forced):
+        after = _log_p(lab, ids)
+    table = forced.frame()
+    n_choices = lab.config.n_choices or 0
+    others = table.assign(other=table["shared"] < n_choices, other_first=~table["same_first"]).groupby("position")
+    changed = others[["other", "other_first"]].sum().reindex(range(len(ids)), fill_value=0)
+    return pd.DataFrame(
+        {
+            "position": range(1, len(ids)), "token": trace.tokens[1:], "log_p": before.numpy(),
+            "replayed": after.numpy(), "change": (after - before).numpy(),
+            "layers_changed": changed["other"].to_numpy()[1:], "first_changed": changed["other_first"].to_numpy()[1:],
+        }
+    )  # fmt: skip
 
 
 def _question(lab: Lab, text: str, target: str) -> Question:

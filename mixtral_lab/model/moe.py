@@ -17,7 +17,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import SMALL, Linear
+from mixtral_lab.model.linear import SMALL, Linear, settled
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -239,8 +239,8 @@ def mix_picked(
     For a token or two: the matrices are read from memory once, which is all the time it takes. Compiled, picking them and
     multiplying become one loop.
     """
-    vector = x.float().unsqueeze(-2).unsqueeze(-2)
-    hidden = F.silu((gate.float() * vector).sum(-1)) * (up.float() * vector).sum(-1)
+    vector = settled(x.float()).unsqueeze(-2).unsqueeze(-2)
+    hidden = settled(F.silu((gate.float() * vector).sum(-1)) * (up.float() * vector).sum(-1))
     answers = (down.float() * hidden.unsqueeze(-2)).sum(-1)
     return (answers * weights.float().unsqueeze(-1)).sum(-2).to(x.dtype)
 

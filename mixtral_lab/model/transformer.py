@@ -98,7 +98,7 @@ class Transformer(nn.Module):
             x = block(x, turn, mask, None if cache is None else cache[i])
         whole = not last_only or watched(self.final_norm) or watched(self.logits)  # somebody wants to see them all
         x = self.final_norm(x if whole else x[:, -1:])
-        logits = self.logits(linear(x, self.embed.weight if self.unembed is None else self.unembed.weight))
+        logits = self.logits(linear(x, self.embed.weight) if self.unembed is None else self.unembed(x))
         return logits[:, -1:] if last_only else logits
 
     @property
