@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_model import random_model
@@ -277,3 +279,15 @@ def test_two_thousand_tokens_of_routing_fit_a_megabyte(lab, tmp_path):
     ids = lab.tokenizer.encode("\n".join(texts) * 3)[:2048]
     path = lab.trace_ids(ids).save(tmp_path / "long.safetensors")
     assert len(ids) == 2048 and path.stat().st_size < 1_000_000
+
+
+def test_the_documented_table_is_the_models():
+    table = (Path(__file__).parents[1] / "docs" / "sites.md").read_text("utf-8")
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    written = {row[0].strip(" `"): (row[1].strip(" `"), row[3].strip()) for row in rows if len(row) == 4}
+    known = all_sites(SPARSE) | all_sites(DENSE)
+    assert written == {
+        name.replace("layers.0", "layers.N"): (site.axes, site.what)
+        for name, site in known.items()
+        if not name.startswith("layers.1")
+    }
