@@ -179,7 +179,7 @@ def _paths(decided: Decisions) -> Iterator[str]:
 def _start(trace: Trace) -> str:
     if not 0 < trace.n_prompt < len(trace):
         return ""
-    layers = trace.routing.experts.shape[0]
+    layers = trace.experts.shape[0]
     return f'<line id="start" x1="{trace.n_prompt}" x2="{trace.n_prompt}" y1="-0.1" y2="{layers}.1"/>'
 
 

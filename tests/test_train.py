@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -140,3 +142,13 @@ def test_a_run_learns_logs_and_resumes_exactly(experts, tmp_path):
         one.train_step(ids, domain, lr=1e-3)
     for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("module", ["evaluate", "pretrain"])
+def test_without_a_corpus_a_sentence_says_what_to_do(module, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", f"mixtral_lab.train.{module}", "--corpus", str(tmp_path / "none")],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr and "mixtral-lab: " in ran.stderr

@@ -22,6 +22,7 @@ import mixtral_lab
 from mixtral_lab.analysis.routing import domain_information
 from mixtral_lab.lab import Lab
 from mixtral_lab.sites import recording
+from mixtral_lab.terminal import in_one_sentence
 from mixtral_lab.tokenizer import BPETokenizer
 from mixtral_lab.train import stream
 
@@ -149,4 +150,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_sentence(main))

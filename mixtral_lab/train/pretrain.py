@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from mixtral_lab.config import PRESETS
 from mixtral_lab.model import Routing, Transformer
+from mixtral_lab.terminal import in_one_sentence
 from mixtral_lab.tokenizer import BPETokenizer
 from mixtral_lab.train import stream
 from mixtral_lab.train.mixture import mix_for_training
@@ -301,4 +302,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_sentence(main))
