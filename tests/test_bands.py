@@ -189,13 +189,14 @@ def test_each_road_is_taken_where_it_pays():
         mock.patch.object(module, "by_kernel", watched(by_kernel)),
         mock.patch.object(module, "attend_causal", watched(module.attend_causal)),
     ):
-        assert road(63) == {"attend_causal"}
-        assert road(63, window=20) == {"by_kernel"}
-        assert road(64) == {"together"}
+        assert road(255) == {"attend_causal"}
+        assert road(255, window=20) == {"by_kernel"}
+        assert road(256) == road(256, window=20) == {"together"}
         assert road(2000) == {"head_by_head"}
-        assert road(2000, torch.bfloat16) == {"together"}
-        assert road(200, grad=True) == {"attend_causal"}
-        assert road(200, window=20, grad=True) == {"by_kernel"}
+        assert road(90, torch.bfloat16) == {"attend_causal"}
+        assert road(91, torch.bfloat16) == road(2000, torch.bfloat16) == {"together"}
+        assert road(300, grad=True) == {"attend_causal"}
+        assert road(300, window=20, grad=True) == {"by_kernel"}
 
 
 def test_without_onednn_the_answer_is_the_same():

@@ -129,23 +129,27 @@ class RollingCache:
         new = key.shape[2]
         if new == 1:
             self._write(key, value)
-            return self._ordered(self.keys, in_order), self._ordered(self.values, in_order)
+            if in_order:
+                return torch.cat(self._in_order(self.keys), dim=2), torch.cat(self._in_order(self.values), dim=2)
+            return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
         if not self.seen:
             self._write(key, value)
             return key, value
         looked_at = (
-            torch.cat((self._ordered(self.keys), key), dim=2),
-            torch.cat((self._ordered(self.values), value), dim=2),
+            torch.cat((*self._in_order(self.keys), key), dim=2),
+            torch.cat((*self._in_order(self.values), value), dim=2),
         )
         self._write(key, value)
         return looked_at
 
-    def _ordered(self, store: Ring, in_order: bool = True) -> Keys:
-        """The filled slots, unrolled. With a ring of 4 and 6 columns seen, slots hold columns 4, 5, 2, 3."""
+    def _in_order(self, store: Ring) -> tuple[Keys, ...]:
+        """The filled slots, the oldest first, in one piece or two. With a ring of 4 and 6 columns seen, slots hold
+        columns 4, 5, 2, 3.
+        """
         oldest = self.seen % self.ring
-        if self.seen <= self.ring or not oldest or not in_order:
-            return store[:, :, : self.filled]
-        return torch.cat((store[:, :, oldest:], store[:, :, :oldest]), dim=2)
+        if self.seen <= self.ring or not oldest:
+            return (store[:, :, : self.filled],)
+        return store[:, :, oldest:], store[:, :, :oldest]
 
     def _write(self, key: NewKeys, value: NewKeys) -> None:
         new = key.shape[2]

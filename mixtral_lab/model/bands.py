@@ -31,7 +31,8 @@ Keys = Float[Tensor, "batch kv key head_dim"]
 
 TILE = 128  # columns; on a CPU 64 and 128 are about equally good, and larger tiles leave the processor's cache
 GPU_TILE = 1024  # columns; a GPU wants few, large pieces
-FEW = 64  # queries; below, one call of PyTorch's kernel is over before our few operations have started
+# Pairs of a query and a key, in each head: fewer are done by PyTorch's kernel, in one call, before our few have started.
+FEW = {torch.float32: 2**16, torch.bfloat16: 2**13}
 # Bytes of scores that all heads may hold at once. In float32 a head's product is soon worth a call of its own, for
 # `linear` is faster than `bmm`. In bfloat16 it is not, until the scores leave the cache and fresh memory is asked for.
 AT_ONCE = {torch.float32: 2**21, torch.bfloat16: 2**24}
@@ -145,13 +146,14 @@ def attend_causal(query: Query, key: Keys, value: Keys) -> Query:
 
 
 def products_pay(query: Query, key: Keys, value: Keys) -> bool:
-    """Whether two products and a softmax beat PyTorch's kernel: on a CPU, without gradients, for more than a few queries.
+    """Whether two products and a softmax beat PyTorch's kernel: on a CPU, without gradients, unless there is little to do.
 
     There the kernel takes as long in bfloat16 as in float32, and in float32 it misses the faster product of `linear`.
     Where gradients are wanted it need not keep the pattern; on a GPU it is the best there is.
     """
     gradients = any(part.requires_grad for part in (query, key, value))
-    return query.device.type == "cpu" and query.shape[3] >= FEW and not gradients
+    enough = query.shape[3] * key.shape[2] >= FEW.get(query.dtype, 2**16)
+    return query.device.type == "cpu" and enough and not gradients
 
 
 def fit_at_once(query: Query, cut: list[Band]) -> bool:
