@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mixtral_lab"
 # A module may import only what stands on an earlier line (modules of one line may import each other).
 ORDER = [
     ["config"],
+    ["terminal"],
     ["bundled"],
     ["tokenizer"],
     ["model.site"],
@@ -34,7 +35,7 @@ ORDER = [
     ["analysis", "analysis.*"],
     ["figures", "figures.*"],
     ["page"],
-    ["study"],
+    ["study", "study.*"],
     ["exercises"],
     ["train", "train.*"],
     ["bench", "bench.*"],
@@ -48,7 +49,8 @@ OPENERS = {
     "weights",
     "trace",
     "page",
-    "study",
+    "study.corpus",
+    "study.report",
     "bench",
     "bench.*",
     "cli",
