@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.model.bands import Keys, Query, attend_banded
-from mixtral_lab.model.linear import Linear
+from mixtral_lab.model.linear import Linear, settled
 from mixtral_lab.model.rope import Rotation, rotate
 from mixtral_lab.model.site import Site
 
@@ -85,8 +85,9 @@ def attend_one(query: Query, key: Keys, value: Keys) -> Query:
 
 def attend_step(query: Query, key: Keys, value: Keys, mask: Mask) -> Query:
     """The plain definition for a single query, its products written out as multiply and sum: compiled, a few loops."""
-    scores = (query.float() * key.unsqueeze(2).float()).sum(-1) * query.shape[-1] ** -0.5
-    pattern = F.softmax(scores.masked_fill(~mask.unsqueeze(1), -torch.inf), dim=-1)
+    query_scaled = settled(query.float() * query.shape[-1] ** -0.5)
+    scores = settled((query_scaled * key.unsqueeze(2).float()).sum(-1))
+    pattern = settled(F.softmax(scores.masked_fill(~mask.unsqueeze(1), -torch.inf), dim=-1))
     out = (rearrange(pattern, "batch kv group key -> batch kv group key 1") * value.unsqueeze(2).float()).sum(-2)
     return out.to(query.dtype).unsqueeze(3)
 

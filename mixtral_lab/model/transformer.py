@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
-from mixtral_lab.model.linear import Linear, linear
+from mixtral_lab.model.linear import Linear, linear, settled
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation
 from mixtral_lab.model.site import Site, watched
@@ -126,10 +126,11 @@ class Transformer(nn.Module):
         seen = cache[0].seen if cache else 0
         columns = (seen + torch.arange(new, device=ids.device))[None]
         positions = columns if padding is None else columns - padding[:, None]
-        turn = rotation(positions, config.head_dim, config.rope_theta)
+        cos, sin = rotation(positions, config.head_dim, config.rope_theta)
+        turn = settled(cos), settled(sin)
         fixed = cache is not None and isinstance(cache[0], FixedCache)
         if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
         key_positions = key_columns if padding is None else key_columns - padding[:, None]
-        return turn, visible(positions, key_positions, config.window)
+        return turn, settled(visible(positions, key_positions, config.window))
