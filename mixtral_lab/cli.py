@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtral_lab.config import PRESETS, Config, LabError
+from mixtral_lab.terminal import err, in_one_sentence
 
 if TYPE_CHECKING:
     from mixtral_lab.trace import Trace
@@ -25,7 +23,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -34,19 +31,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a command whose deliberate errors are one sentence, not a traceback."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except LabError as error:
-            err.print(Text(f"mixtral-lab: {error}", style="red"))
-            raise typer.Exit(1) from None
-        except BrokenPipeError:  # the reader of our output went away, as `head` does
-            os._exit(0)
-
-    run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
-    return app.command()(run)
+    return app.command()(in_one_sentence(function))
 
 
 @command
@@ -205,21 +190,68 @@ def chat(
 
 
 @command
+def study(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the report, its figures and tables.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="A folder with a sub-folder, .txt or .jsonl file for each domain.")
+    ] = None,
+    domains: Annotated[bool, typer.Option("--domains", help="Read the excerpts in the box instead.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Let MODEL read a corpus and write the whole routing study: one offline page, figures, tidy tables."""
+    import mixtral_lab
+    from mixtral_lab.study import Corpus, bundled_texts, check_folder, read_texts
+    from mixtral_lab.study import study as make_study
+
+    if (texts is None) != domains:
+        raise LabError("Give either --texts DIR, for texts of your own, or --domains, for the excerpts in the box.")
+    check_folder(folder)  # before a large model is loaded
+    corpus: Corpus = bundled_texts() if texts is None else read_texts(texts)
+    with err.status("loading"):
+        lab = mixtral_lab.load(model, device=device, dtype=dtype)
+    found = make_study(lab, corpus, folder, "the bundled excerpts" if texts is None else str(texts))
+    for note in [*found.lacking, *found.notes]:
+        out.print(Text(note, style="dim"))
+    out.print(Text(f"Report: {found.report}"))
+
+
+@command
 def bench(
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=2, help="How often each contender runs; medians are reported.")] = 5,
+    dtype: Annotated[str, typer.Option(help="One or several of float32, bfloat16, float16.")] = "float32,bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="How often each contender runs; medians are reported.")] = 5,
     small: Annotated[bool, typer.Option(help="Only mini-mixtral, not the 0.75 B shape.")] = False,
+    only: Annotated[
+        str, typer.Option(help="One or several of these parts.")
+    ] = "prefill,decode,long,recording,load,profile",
     json: Annotated[Path | None, typer.Option(help="Also write every raw value here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw time and memory by length of the text (.html or .png; part: long).")
+    ] = None,
 ) -> None:
-    """Time this package beside transformers in one process: prefill, decode, load, memory."""
+    """Time this package beside transformers: prefill, decode, long texts, recording, loading, and where the time goes."""
     from mixtral_lab import bench as benchmark
 
+    parts, dtypes = only.split(","), dtype.split(",")
+    if plot is not None and (plot.suffix not in (".html", ".png") or "long" not in parts):
+        raise LabError(
+            f"--plot {plot} needs a name that ends in .html or .png, and the part long; the parts are {only}."
+        )
     shapes = benchmark.usual_shapes()[: 1 if small else None]
-    report = benchmark.run(shapes, dtype=dtype, device=device, repeats=repeats)
-    out.print(report.table())
+    report = benchmark.run(shapes, dtypes=dtypes, device=device, repeats=repeats, only=parts)
     if json is not None:
         json.write_text(report.to_json() + "\n", "utf-8")
+    out.print(benchmark.table(report))
+    if plot is not None:
+        from mixtral_lab import figures
+
+        figure = figures.cost_by_length(report.lengths(dtypes[0]), benchmark.windowed().name, dtypes[0])
+        if plot.suffix == ".html":
+            figure.write_html(plot, include_plotlyjs=True)
+        else:
+            figure.write_image(plot, scale=2)
 
 
 if __name__ == "__main__":
