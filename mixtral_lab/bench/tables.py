@@ -31,10 +31,11 @@ def table(report: Report) -> Group:
 def _measured(report: Report, shape: str, dtype: str) -> Table:
     apart = [one for one in report.parity if (one.shape, one.dtype) == (shape, dtype)]
     largest, typical = (max((getattr(one, kind) for one in apart), default=0.0) for kind in ("largest", "typical"))
-    compared = f"Logits were compared first: they differ by at most {largest:.1e}, typically by {typical:.1e} of their length. "
+    compared = f"Logits differ by at most {largest:.1e}, typically by {typical:.1e} of their length. " if apart else ""
+    explained = "Decode: per token, after so many. Ratios are paired within a repeat: above 1, ours needs less."
     found = Table(
         title=f"{shape}, {dtype}: median of the repeats (lowest to highest)",
-        caption=f"{compared if apart else ''}Decode: per token, after so many. Ratios are paired within a repeat: above 1, ours needs less.",
+        caption=compared + explained,
         box=box.SIMPLE_HEAD,
     )
     for name in ("", "contender", "median", "spread", f"times {OURS}", "times portable"):

@@ -93,9 +93,9 @@ class Timing:
             parity = Parity(*self.here, side.name, apart.abs().max().item(), typical)
             far, limit = (parity.largest, LARGEST) if exact else (parity.typical, TYPICAL)
             if not far <= limit:
+                unit = "" if exact else " of their length"
                 raise BenchError(
-                    f"{', '.join(self.here)}: our logits and those of {side.name} are {far:.2g} apart{'' if exact else ' of their length'}, "
-                    f"more than {limit:g}. "
+                    f"{', '.join(self.here)}: our logits and those of {side.name} are {far:.2g}{unit} apart, more than {limit:g}. "
                     "Two models that compute different things cannot be compared, so nothing was timed."
                 )
             self.found.parity.append(parity)
