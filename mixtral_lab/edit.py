@@ -124,7 +124,14 @@ def top_k(k: int, layer: int | None = None) -> Edit:
     """Let every token take its `k` best experts; their weights still sum to 1."""
     if k < 1:
         raise EditError(f"k is {k}: every token takes at least 1 expert.")
-    return Edit(_router(layer, "experts"), lambda _, at: at.known[0].topk(k, dim=-1).indices, experts=(k - 1,))
+
+    def choose(_: Tensor, at: At) -> Tensor:
+        (logits,) = at.known
+        if k > logits.shape[-1]:
+            raise EditError(f"k is {k}, but {at.site.removesuffix('.experts')} has only {logits.shape[-1]} experts.")
+        return logits.topk(k, dim=-1).indices
+
+    return Edit(_router(layer, "experts"), choose)
 
 
 def temperature(t: float, layer: int | None = None) -> Edit:

@@ -248,7 +248,7 @@ def test_everything_is_as_before_after_an_error(lab, error, where, monkeypatch):
         (lambda t: reroute(0, 3, [1]), "takes 2 experts here, but 1 are named"),
         (lambda t: reroute(0, 500, [1, 2]), "position 500 never took effect"),
         (lambda t: reroute(0, -1, [1, 2]), "0 or above"),
-        (lambda t: top_k(9), "no expert 8"),
+        (lambda t: top_k(9), "k is 9, but layers.0.router has only 8 experts"),
         (lambda t: top_k(0), "at least 1"),
         (lambda t: temperature(0.0), "above 0"),
         (lambda t: patch("layers.0.residual.after", t, 99), "Position 99 is not in the trace"),

@@ -43,8 +43,8 @@ class Packed(NamedTuple):
 def pack(model: nn.Module) -> int:
     """Keep a packed copy of every bfloat16 matrix on the CPU beside it, for steps of a few tokens; the bytes it takes.
 
-    It doubles the memory and nearly halves the time of a decode step. A weight that is changed afterwards loses its copy.
-    Where PyTorch's private operator for it is missing, nothing happens.
+    It doubles the memory. A decode step of a 0.75 B model took 27 ms instead of 41 (README.md says on what). A weight that
+    is changed afterwards loses its copy. Where PyTorch's private operator for it is missing, nothing happens.
     """
     taken = 0
     for module in model.modules():
