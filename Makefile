@@ -5,15 +5,19 @@ BIN := .venv/bin
 OFFLINE := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
-.PHONY: lab test check notebooks corpus clean
+.PHONY: lab test test-browser check notebooks corpus clean
 
 lab: .venv/.ok
 	$(BIN)/jupyter lab $(OFFLINE) --ip=127.0.0.1 --ServerApp.root_dir=. \
 		--LabApp.default_url=/lab/tree/notebooks/01_meet_the_router.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ok
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/browser
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-sanitize-with notebooks/sanitize.cfg $(LESSONS)
+
+# The widgets in JupyterLab and in Chromium (on Debian: apt-get install chromium).
+test-browser: .venv/.ok
+	$(BIN)/python -m pytest tests/browser
 
 check: .venv/.ok
 	$(BIN)/ruff format --check .

@@ -15,7 +15,8 @@ from mixtral_lab.model.attention import FixedCache
 from mixtral_lab.model.site import free_of_hooks
 from mixtral_lab.model.transformer import Cache
 
-CHUNK = 2048  # a prompt is read in pieces of at most so many tokens, which bounds the memory of prefill
+CHUNK = 2048  # a prompt is read in pieces of at most so many tokens, or of the window, which bounds the memory of prefill
+LEAST = 512  # however short the window is
 
 
 class PromptError(LabError, ValueError):
@@ -103,13 +104,15 @@ def prefill(
     ids: Int[Tensor, "batch seq"],
     cache: Cache,
     padding: Int[Tensor, " batch"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Float[Tensor, "batch vocab"]:
-    """Read a prompt into `cache`, `chunk` tokens at a time; return the logits after its last token.
+    """Read a prompt into `cache`, `chunk` tokens at a time (None: `CHUNK`, or the window where that is shorter, but no
+    fewer than `LEAST`); return the logits after its last token.
 
     The size of the chunks changes memory and speed, not the result. Source: Mistral 7B (arXiv 2310.06825,
     section 2, "Pre-fill and Chunking").
     """
+    chunk = chunk or min(CHUNK, max(LEAST, model.config.window or CHUNK))
     for part in ids.split(chunk, dim=1):
         logits = model(part, cache, padding, last_only=True)
     return logits[:, -1]
@@ -172,7 +175,7 @@ def generate_ids(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     decode: Decode = decode,
 ) -> Iterator[list[int | None]]:
     """Continue every prompt; yield, after each step, one new id per prompt, or None for a prompt that is done.

@@ -82,7 +82,12 @@ LAST = (
     Site("logits", "batch seq vocab", "the score of every possible next token"),
 )
 ROUTING = ("router.logits", "router.experts", "router.weights")
-FROM_QUERIES_AND_KEYS = ("attention.scores", "attention.pattern")  # a trace computes them when they are asked for
+QUERIES_AND_KEYS = ("attention.heads.query", "attention.heads.key")
+COMPUTED = {  # by a trace, when they are asked for, and from what
+    "attention.scores": QUERIES_AND_KEYS,
+    "attention.pattern": QUERIES_AND_KEYS,
+    "experts.weighted": ("experts.out", "router.weights"),
+}
 
 
 def all_sites(config: Config) -> dict[str, Site]:
@@ -142,7 +147,8 @@ class Cost:
 def cost(config: Config, names: Sequence[str], seq: int, n_positions: int | None, bytes_per_number: int) -> Cost:
     """Bytes that recording the named sites of one text of `seq` tokens takes.
 
-    Scores and patterns of all positions take nothing but the queries and keys they are computed from.
+    Scores and patterns of all positions take nothing but the queries and keys they are computed from; experts'
+    contributions, nothing but answers and weights.
     """
     table = all_sites(config)
     by_site: dict[str, int] = {}
@@ -156,14 +162,18 @@ def cost(config: Config, names: Sequence[str], seq: int, n_positions: int | None
 
 
 def kept_for(names: Sequence[str], whole: bool = True) -> tuple[str, ...]:
-    """The sites to keep so that all the named ones can be given: queries and keys stand for scores and patterns."""
+    """The sites to keep so that all the named ones can be given: others stand for those that are `COMPUTED`.
+
+    Queries and keys stand for scores and patterns only where the `whole` text is kept, for they need every key.
+    """
     kept: dict[str, None] = {}
     for name in names:
-        stem, _, last = name.rpartition(".")
-        if whole and last in ("scores", "pattern"):
-            kept |= dict.fromkeys((f"{stem}.heads.query", f"{stem}.heads.key"))
-        else:
+        inner = name.split(".", 2)[-1]
+        stem, sources = name.removesuffix(inner), COMPUTED.get(inner, ())
+        if not sources or (sources == QUERIES_AND_KEYS and not whole):
             kept[name] = None
+        else:
+            kept |= dict.fromkeys(stem + source for source in sources)
     return tuple(kept)
 
 

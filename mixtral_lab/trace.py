@@ -203,8 +203,9 @@ class Trace:
     def __getitem__(self, site: str) -> Tensor:
         """What was recorded at a site, or at `layers.*.` something, stacked over `layer`.
 
-        Scores and patterns are computed from queries and keys if they were not recorded as such. Raises `TraceError`
-        if something is missing, and says how to record it.
+        Scores and patterns are computed from queries and keys if they were not recorded as such, and so are experts'
+        contributions from their answers and weights. Raises `TraceError` if something is missing, and says how to
+        record it.
         """
         if not site.startswith("layers.*."):
             return self._value(site, asked=site)
@@ -217,6 +218,9 @@ class Trace:
         stem, _, last = site.rpartition(".")
         if last in ("scores", "pattern") and {f"{stem}.heads.query", f"{stem}.heads.key"} <= self.recorded.keys():
             return self._attention(stem, last)
+        answers, weights = f"{stem}.out", f"{stem.removesuffix('experts')}router.weights"
+        if site.endswith(".experts.weighted") and {answers, weights} <= self.recorded.keys():
+            return self.recorded[answers] * self.recorded[weights][..., None].to(self.recorded[answers].dtype)
         raise TraceError(self._missing(site, asked))
 
     def get(self, site: str) -> Tensor | None:

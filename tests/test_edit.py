@@ -12,7 +12,7 @@ from mixtral_lab.edit import EditError, ablate, editing, patch, replay, reroute,
 from mixtral_lab.lab import Lab
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.moe import route, share
-from mixtral_lab.sites import recording
+from mixtral_lab.sites import recording, resolve
 from mixtral_lab.trace import Trace
 
 TEXT = "Once upon a time there was a little robot."
@@ -150,7 +150,7 @@ def test_patching(lab, site):
     source = lab.trace("Once upon a day there was a little dragon.", 0, site)
     edited = both(lab, patch(site, source, [3, 5]), new=3)
     plain = both(lab, new=3) if site == "embed" else lab.trace(TEXT, 3, site)
-    for name in source.recorded:
+    for name in resolve(lab.config, site):
         axis = lab.sites[name].seq
         index = torch.tensor([3, 5])
         torch.testing.assert_close(

@@ -65,24 +65,30 @@ def linear(
 
     PyTorch's float32 product on some processors (AMD among them) runs at half the speed of oneDNN's. That operator is
     private to PyTorch, so `onednn_works` tries it once and `F.linear` stays the way back. And for a single row, a matrix
-    that fits into a core's cache is read twice as fast by multiplying and summing in two sweeps.
+    that fits into a core's cache is read twice as fast by multiplying and summing in two sweeps. In bfloat16 `F.linear`
+    is oneDNN's product already, and only the number of rows is rounded up (`ROWS`).
     """
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    if not (_tuned and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32) or torch.is_grad_enabled():
+    if not (_tuned and x.device.type == "cpu" and x.dtype == weight.dtype) or torch.is_grad_enabled():
         return F.linear(x, weight)
-    if rows == 1 and TINY < weight.numel() < SMALL:
-        return (weight * x.view(-1)).sum(-1).view(*x.shape[:-1], -1)
-    if (rows < ROWS and weight.numel() < SMALL) or torch.is_autocast_enabled("cpu") or not onednn_works():
-        return F.linear(x, weight)
+    if x.dtype == torch.float32:
+        if rows == 1 and TINY < weight.numel() < SMALL:
+            return (weight * x.view(-1)).sum(-1).view(*x.shape[:-1], -1)
+        if (rows < ROWS and weight.numel() < SMALL) or torch.is_autocast_enabled("cpu") or not onednn_works():
+            return F.linear(x, weight)
     missing = -rows % ROWS
     if rows < ROWS or not missing:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return _product(x, weight)
     flat = x.reshape(rows, -1)
-    padded = torch.cat((flat, flat[:missing]))
-    out = torch.ops.mkldnn._linear_pointwise(padded, weight, None, "none", [], "")
-    return out[:rows].reshape(*x.shape[:-1], -1)
+    return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 def settled(x: Tensor) -> Tensor:

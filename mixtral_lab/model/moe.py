@@ -143,8 +143,13 @@ class Experts(nn.Module):
             answers = take(hidden, chosen, [expert.down for expert in self.swiglus])
         else:
             answers = take(tokens, chosen, self.swiglus)
-        weighted = self.weighted(self.out(answers, chosen) * routing.weights[..., None].to(answers.dtype), chosen)
-        return weighted.sum(-2).to(x.dtype)
+        answers = self.out(answers, chosen)
+        weights = routing.weights.to(answers.dtype)
+        if self.weighted.watched:
+            mixed = self.weighted(answers * weights[..., None], chosen).sum(-2)
+        else:  # weighed and summed at once: no contribution is laid out on its own
+            mixed = einsum(weights, answers, "batch seq choice, batch seq choice dim -> batch seq dim")
+        return mixed.to(x.dtype)
 
     @property
     def swiglus(self) -> list[SwiGLU]:
@@ -253,17 +258,20 @@ def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
 
 
 def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
-    """Line the rows up by expert, run each expert once on its own segment, and put the answers back in place.
+    """Sort the choices by expert, run each expert once on the rows that chose it, and put its answers in their place.
 
     Work: `choice / expert` of `take_every`. For many tokens.
     """
     flat = rearrange(chosen, "batch seq choice -> (batch seq choice)")
-    by_expert = flat.argsort(stable=True)
-    sizes = flat.bincount(minlength=len(experts)).tolist()
-    segments = rearrange(rows, "batch seq choice features -> (batch seq choice) features")[by_expert].split(sizes)
-    answers = torch.cat([expert(segment) for expert, segment in zip(experts, segments, strict=True) if len(segment)])
-    in_place = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(flat), device=flat.device))
-    return answers[in_place].view(*chosen.shape, -1)
+    by_expert = flat.argsort(stable=True).split(flat.bincount(minlength=len(experts)).tolist())
+    by_token = rearrange(rows, "batch seq choice features -> (batch seq) choice features")
+    n_choices, answers = chosen.shape[-1], torch.empty(0)
+    for expert, mine in zip(experts, by_expert, strict=True):
+        if len(mine):
+            answer = expert(by_token[mine // n_choices, mine % n_choices])
+            answers = answers if len(answers) else answer.new_empty(len(flat), answer.shape[-1])
+            answers[mine] = answer
+    return answers.view(*chosen.shape, -1)
 
 
 def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
