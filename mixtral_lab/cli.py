@@ -95,6 +95,15 @@ def _expert_table(found: Trace) -> Table:
 def info(
     model: Annotated[str, typer.Argument(help="A folder, a GGUF file, a bundled model, or a published shape.")],
     tensors: Annotated[bool, typer.Option(help="List every tensor of the checkpoint.")] = True,
+    device: Annotated[
+        str | None, typer.Option(help="Also say what fits this device: auto, cpu, cuda, ... Its bandwidth is measured.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Instead of a device here: its memory in GB.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Its memory's bandwidth in GB/s.")] = None,
+    link: Annotated[
+        float | None, typer.Option(help="GB/s at which experts come that do not fit: the bus of a GPU, or a disk.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of text, for the cache.")] = 4096,
 ) -> None:
     """Show a model's shape, parameters, memory and tensors, without loading it. Works for published shapes too."""
     from mixtral_lab import bundled
@@ -112,6 +121,8 @@ def info(
         out.print(f"{PRESETS[model].title}. Source: {PRESETS[model].source}.", style="dim")
     out.print(_config_table(config))
     out.print(_memory_table(config))
+    if device is not None or memory is not None or bandwidth is not None:
+        _print_what_fits(config, device, memory, bandwidth, link, length)
     if path is None:
         out.print("A shape without weights: there are no tensors to list.", style="dim")
     elif tensors:
@@ -152,6 +163,38 @@ def _memory_table(config: Config) -> Table:
         sizes = (config.parameters * size, config.active_parameters * size, config.cache_bytes(length, size))
         table.add_row(name, *(f"{bytes_ / 1e9:,.3f}" for bytes_ in sizes))
     return table
+
+
+def _print_what_fits(
+    config: Config, device: str | None, memory: float | None, bandwidth: float | None, link: float | None, length: int
+) -> None:
+    from mixtral_lab.machine import describe, what_fits
+
+    with err.status("measuring"):
+        machine = describe(device, *(None if given is None else given * 1e9 for given in (memory, bandwidth, link)))
+    table = Table(
+        "weights in", "experts in", "weights, GB", "cache, GB", "experts kept in memory", "read for a token, GB",
+        "tokens/s at most", box=None, header_style="dim", pad_edge=False,
+    )  # fmt: skip
+    for row in what_fits(config, machine, length).to_dict("records"):
+        kept = (
+            "all" if row["resident"] == row["n_experts"] else f"{row['resident']} of {row['n_experts']} in each layer"
+        )
+        rate = f"{row['rate']:,.1f}" if row["rate"] < 100 else f"{row['rate']:,.0f}"
+        table.add_row(
+            row["dtype"], row["experts"], f"{row['weights'] / 1e9:,.2f}", f"{row['cache'] / 1e9:,.2f}",
+            kept if row["resident"] else "-", f"{row['read'] / 1e9:,.2f}", rate if row["resident"] else "does not fit",
+            style=None if row["resident"] else "dim",
+        )  # fmt: skip
+    behind = (
+        "nothing behind it" if machine.link is None else f"{machine.link / 1e9:,.1f} GB/s for experts that do not fit"
+    )
+    out.print(
+        f"What fits {machine.memory / 1e9:,.1f} GB of memory (a tenth left free) read at {machine.bandwidth / 1e9:,.1f} GB/s, "
+        f"{behind}; one text of {length:,} tokens. A ceiling by bytes alone, missed experts as often as by chance.",
+        style="dim",
+    )
+    out.print(table)
 
 
 @command

@@ -70,7 +70,7 @@ def rows(report: Report, shape: Shape, what: str, at: int) -> dict[str, Measurem
 def timing_of(shape: Shape, folder: Path, repeats: int = 1) -> Sections:
     found = timing.Found()
     return Sections(
-        shape, folder, torch.device("cpu"), torch.float32, repeats, bench.roofline.Rooflines(torch.device("cpu")), found,
+        shape, folder, torch.device("cpu"), torch.float32, repeats, Rooflines(torch.device("cpu")), found,
         tqdm(disable=True), lengths=SHORT,
     )  # fmt: skip
 

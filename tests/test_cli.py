@@ -84,3 +84,17 @@ def test_chat_answers_until_an_empty_line():
     lab = mixtral_lab.load("mini-mixtral", device="cpu")
     answer = lab.chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=20)
     assert flat(answer) in flat(result.output)
+
+
+def test_info_says_what_fits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    result = run("info", "mixtral-8x7b", "--memory", "24", "--bandwidth", "1000", "--link", "25")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"bfloat16 +int4 +27\.17 +0\.54 +5 of 8 in each layer +9\.48 +10\.1", result.output)
+    assert re.search(r"float32 +as the rest .* does not fit", result.output)
+    result = run("info", "mini-mixtral", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"float32 +as the rest +0\.09 .* all ", result.output)
+    result = run("info", "mini-mixtral", "--memory", "24")
+    assert result.exit_code == 1
+    assert "give both the memory and its bandwidth" in flat(result.output)

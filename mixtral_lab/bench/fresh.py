@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from mixtral_lab.bench.report import OURS, BenchError
-from mixtral_lab.bench.roofline import synchronize
 from mixtral_lab.bench.sides import Ours, Reader, Theirs, load_theirs, transformers
+from mixtral_lab.machine import synchronize
 from mixtral_lab.sites import recording
 from mixtral_lab.weights import load_model, resolve_dtype
 

@@ -28,7 +28,6 @@ from mixtral_lab.bench.report import (
     THEIRS,
     Moment,
 )
-from mixtral_lab.bench.roofline import synchronize
 from mixtral_lab.bench.shapes import LONGEST, WINDOW
 from mixtral_lab.bench.sides import (
     EXPERTS,
@@ -44,6 +43,7 @@ from mixtral_lab.bench.sides import (
     Work,
 )
 from mixtral_lab.bench.timing import ATTENTION, CHECKED, CHECKED_DECODE, Roof, Timing
+from mixtral_lab.machine import synchronize
 from mixtral_lab.model import Transformer
 from mixtral_lab.sites import kept_for, recording, resolve
 from mixtral_lab.weights import free_memory

@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from mixtral_lab.bench.report import BenchError, Report
-from mixtral_lab.bench.roofline import FAR, Rooflines
 from mixtral_lab.bench.sections import SECTIONS, Lengths, Sections
 from mixtral_lab.bench.shapes import Shape, usual_shapes, windowed
 from mixtral_lab.bench.sides import transformers
 from mixtral_lab.bench.timing import Found
+from mixtral_lab.machine import FAR, Rooflines
 from mixtral_lab.weights import resolve_device, resolve_dtype
 
 LONG = "long"

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from mixtral_lab.bench.fresh import in_new_process
 from mixtral_lab.bench.report import ROOFLINE, THEIRS, BenchError, Measurement, Moment, Parity
-from mixtral_lab.bench.roofline import Rooflines, synchronize
 from mixtral_lab.bench.shapes import Shape
 from mixtral_lab.bench.sides import EXPERTS, Named, Ours, Side, Theirs, Work, load_theirs
+from mixtral_lab.machine import Rooflines, synchronize
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.linear import pack
 from mixtral_lab.weights import load_model

@@ -18,6 +18,7 @@ from mixtral_lab.figures.colours import (
 )
 from mixtral_lab.figures.company import coactivation, saturation, transitions
 from mixtral_lab.figures.lens import attribution, expert_words, logit_lens, top1_similarity
+from mixtral_lab.figures.machine import what_fits
 from mixtral_lab.figures.neighbours import repetition
 from mixtral_lab.figures.offload import expert_cache, expert_cache_by_layer
 from mixtral_lab.figures.routing import domain_experts, expert_shares, rank_shares
@@ -64,4 +65,5 @@ __all__ = [
     "top_k_losses",
     "transitions",
     "vocabulary",
+    "what_fits",
 ]

@@ -1,27 +1,17 @@
-"""Checkers for the exercises of the lessons: each says whether an answer is right, and if not, what went wrong."""
+"""Lesson 01, meet the router."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
 
+from mixtral_lab.exercises.verdict import Verdict
 from mixtral_lab.trace import Trace
 
 
-class Verdict(NamedTuple):
-    """`solved` is None while nothing was tried. In a notebook only the message is shown."""
-
-    solved: bool | None
-    message: str
-
-    def __repr__(self) -> str:
-        return {True: "Right. ", False: "Not yet. ", None: "Your turn. "}[self.solved] + self.message
-
-
 def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict:
-    """Lesson 01: a function from logits and k to {expert: weight}, the weights of the chosen experts alone."""
+    """A function from logits and k to {expert: weight}, the weights of the chosen experts alone."""
     logits = [0.5, 2.0, -1.0, 1.0]
     try:
         got = answer(list(logits), 2)
@@ -65,7 +55,7 @@ def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict
 
 
 def check_repetition(answer: object, trace: Trace, layer: int) -> Verdict:
-    """Lesson 01: the share of neighbouring tokens with the same first choice in one layer (Mixtral paper, Table 5)."""
+    """The share of neighbouring tokens with the same first choice in one layer (Mixtral paper, Table 5)."""
     if answer is None:
         return Verdict(None, "The answer is still None.")
     first = trace.routing.experts[layer, :, 0].tolist()
