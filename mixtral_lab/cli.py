@@ -46,7 +46,6 @@ def trace(
 ) -> None:
     """Let a model read TEXT and write on; show which experts took every token."""
     import mixtral_lab
-    from mixtral_lab.page import save_page
 
     with err.status("loading"):
         lab = mixtral_lab.load(model, device=device, dtype=dtype)
@@ -55,7 +54,9 @@ def trace(
     routing = found.routing  # a dense model says so here, before anything is printed
     written = {}  # files first, so that they are there also if the reader of our output goes away
     if html is not None:
-        written["Page"] = save_page(found, html)
+        from mixtral_lab.widgets import RouterExplorer
+
+        written["Page"] = RouterExplorer(found).save_html(html)
     if save is not None:
         written["Trace"] = found.save(save)
     out.print(Text(text, style="dim"), Text(lab.tokenizer.decode(found.ids[found.n_prompt :]), style="bold"), sep="")

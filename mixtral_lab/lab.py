@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from jaxtyping import Float
@@ -28,10 +28,14 @@ from mixtral_lab.generate import (
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.linear import pack
 from mixtral_lab.model.site import watched
+from mixtral_lab.offload import loads
 from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
 from mixtral_lab.trace import Trace
 from mixtral_lab.weights import load_model, resolve_dtype
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
 
@@ -80,6 +84,10 @@ class Lab:
         A written token of a 0.75 B model then took 27 ms instead of 41. 0 where there is nothing to pack: on a GPU, in float32.
         """
         return pack(self.model)
+
+    def expert_loads(self) -> pd.DataFrame:
+        """How often an expert was at hand and how much was copied, by layer, since the model was loaded with offloaded experts."""
+        return loads(self.model)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Float[Tensor, "batch seq vocab"]:
@@ -320,11 +328,22 @@ class _Writer:
         return text[: len(text) - keep]
 
 
-def load(path: str | Path = "mini-mixtral", device: str = "auto", dtype: str = "auto") -> Lab:
+def load(
+    path: str | Path = "mini-mixtral",
+    device: str = "auto",
+    dtype: str = "auto",
+    experts: str = "memory",
+    resident: int | None = None,
+    quantize: str | None = None,
+    share: tuple[int, int] | None = None,
+) -> Lab:
     """Open a model: a checkpoint folder, a GGUF file, or the name of a bundled model.
 
     `device` is "auto" (CUDA if there is one), "cpu", "cuda", ...; `dtype` is "auto" (float32 for small models on a
-    CPU, bfloat16 on CUDA, else as stored), "float32", "bfloat16" or "float16".
+    CPU, bfloat16 on CUDA, else as stored), "float32", "bfloat16" or "float16". Where the experts do not fit:
+    `experts="offload", resident=N` keeps N of each layer in memory and reads the others from the files when a token chooses
+    them (`lab.expert_loads()` counts); `quantize="int8"` or "int4" keeps them rounded, in half or a quarter of bfloat16's
+    space. `share=(rank, size)` is for several processes (`run.py`).
     Raises `CheckpointError` (and its kinds) if the files are not a model that this package can read.
     """
     where = Path(path).expanduser()
@@ -341,5 +360,5 @@ def load(path: str | Path = "mini-mixtral", device: str = "auto", dtype: str = "
             raise CheckpointError(
                 f"There is no file or folder {path}.{hint} Bundled models are {', '.join(bundled.MODELS)}."
             )
-    model = load_model(where, device=device, dtype=dtype)
+    model = load_model(where, device, dtype, experts, resident, quantize, share)
     return Lab(model, load_tokenizer(where), where.stem if where.is_file() else where.resolve().name)

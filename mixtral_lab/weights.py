@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtral_lab.checkpoint import (
     HUGGING_FACE,
@@ -36,7 +38,6 @@ from mixtral_lab.checkpoint import (
     MissingTensors,
     NotEnoughMemory,
     PickleRefused,
-    Place,
     Stored,
     UnknownArchitecture,
     WrongShape,
@@ -54,16 +55,21 @@ from mixtral_lab.checkpoint import (
 )
 from mixtral_lab.config import Config
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.moe import SwiGLU
+from mixtral_lab.model.quantized import KINDS, QuantizedLinear
+from mixtral_lab.offload import OffloadError, Read, offload, parts
+from mixtral_lab.parallel import owned, share_experts
 
 __all__ = [
     "CheckpointError", "CorruptFile", "DeviceError", "DtypeError", "ExtraTensors", "MissingShards",
-    "MissingTensors", "NotEnoughMemory", "PickleRefused", "Stored", "UnknownArchitecture", "WrongShape",
+    "MissingTensors", "NotEnoughMemory", "OffloadError", "PickleRefused", "Stored", "UnknownArchitecture", "WrongShape",
     "describe", "free_memory", "load_model", "memory_needed", "read_config", "resolve_device",
     "resolve_dtype", "save_model",
 ]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = 1_500_000_000  # parameters; below it, "auto" takes float32 on a CPU
+FEED_FORWARD = re.compile(r"\.(feed_forward|experts)\.")
 EXPERT = re.compile(r"layers\.(\d+)\.experts\.ffn\.(\d+)\.(\w+)\.weight")
 # What `save_model` may have written, and may replace.
 OURS = re.compile(
@@ -84,7 +90,15 @@ def describe(path: str | Path) -> list[Stored]:
     return [stored._replace(ours=tuple(ours.get(stored.name, ()))) for stored in source.tensors.values()]
 
 
-def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Transformer:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    experts: str = "memory",
+    resident: int | None = None,
+    quantize: str | None = None,
+    share: tuple[int, int] | None = None,
+) -> Transformer:
     """The model in a Hugging Face folder, a folder in Mistral's layout, or a GGUF file; frozen, ready to run.
 
     `resolve_device` and `resolve_dtype` say what "auto" means. On the CPU and in the stored dtype, parameters
@@ -93,38 +107,102 @@ def load_model(path: str | Path, device: str | torch.device = "auto", dtype: str
     beneath them. In any other case tensors are converted one by one, the experts of a layer side by side: at no time
     are there two copies of the model.
 
+    `experts="offload"` leaves the experts in the files and keeps `resident` of each layer in memory (`offload.py`; a prompt
+    needs all experts of one layer at a time besides). `quantize` ("int8" or "int4") rounds the experts' matrices, or those of a
+    dense model's feed-forward (`model/quantized.py`); together, the rounded experts wait in the host's memory. `share=(rank,
+    size)` reads only this process's part of every layer's experts; the other processes have the others (`parallel.py`).
+
     Raises what `read_config` raises; `MissingTensors`, `ExtraTensors`, `WrongShape`, `MissingShards`,
     `CorruptFile` or `PickleRefused` for files that cannot be the model; `NotEnoughMemory`, `DeviceError`,
-    `DtypeError`.
+    `DtypeError`, `OffloadError` for experts that cannot be kept so.
     """
+    away = _check_keeping(experts, resident, quantize, share)
     where = resolve_device(device)
     source = open_checkpoint(Path(path))
     config, found = source.config, match(source)
     check_tensors(source, found)
     numbers = resolve_dtype(dtype, stored_dtype(source), where, config)
-    _check_memory(config, numbers, where)
+    held = range(config.n_experts or 1) if share is None else owned(config.n_experts, *share)
+    _check_memory(config, numbers, where, away or len(held), quantize)
 
     banks: dict[tuple[str, str], Tensor] = {}
 
-    def read(ours: str, place: Place) -> Tensor:
+    def stored(ours: str) -> Tensor:
+        place = found.places[ours]
         tensor = source.read(place.tensor, place.expert)
-        if place.half is not None:
-            tensor = tensor.chunk(2)[place.half]
+        return tensor if place.half is None else tensor.chunk(2)[place.half]
+
+    def read(ours: str) -> Tensor:
         expert = EXPERT.fullmatch(ours)
+        if expert is not None and int(expert[2]) not in held:
+            return found.model.state_dict()[ours]  # not to be there at all
+        if (away or quantize) and FEED_FORWARD.search(ours):
+            made_anew = source.path.suffix == ".gguf" and source.tensors[found.places[ours].tensor].dtype not in (
+                "F32",
+                "F16",
+            )
+            return found.model.state_dict()[ours] if made_anew else stored(ours)  # not yet there, or a view of the file
+        tensor = stored(ours)
         if expert is not None and (tensor.dtype != numbers or where.type != "cpu"):
             layer, number, role = expert.groups()
             together = banks.get((layer, role))
             if together is None:
-                together = torch.empty(config.n_experts or 0, *tensor.shape, dtype=numbers, device=where)
+                together = torch.empty(len(held), *tensor.shape, dtype=numbers, device=where)
                 banks[layer, role] = together
-            return together[int(number)].copy_(tensor)
+            return together[int(number) - held.start].copy_(tensor)
         tensor = tensor.to(where, numbers)
         heads = _rotated_heads(ours, config) if found.layout.neighbours else None
         return tensor if heads is None else halves_from_neighbours(tensor, heads)
 
-    state = {ours: read(ours, place) for ours, place in found.places.items()}
-    found.model.load_state_dict(state, assign=True)
-    return found.model.eval().requires_grad_(False)
+    found.model.load_state_dict({ours: read(ours) for ours in found.places}, assign=True)
+    model = found.model.eval().requires_grad_(False)
+    if quantize:
+        kept = torch.device("cpu") if away else where
+        for name, part in list(model.named_modules()):
+            if isinstance(part, SwiGLU):
+                for role in ("gate", "up", "down"):
+                    weight = stored(f"{name}.{role}.weight").to(kept, numbers)
+                    setattr(part, role, _rounded(weight, quantize, f"{name}.{role}"))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:  # an expert of another process, or one that is unpacked when asked for
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, nn.Parameter(torch.empty(0), requires_grad=False))
+    if away:
+        offload(model, partial(_home, model, stored if not quantize else None), away, where, numbers)
+    if share is not None:
+        share_experts(model, *share)
+    return model
+
+
+def _check_keeping(experts: str, resident: int | None, quantize: str | None, share: tuple[int, int] | None) -> int:
+    """How many experts of each layer stay in memory while the others are away; 0 if none is."""
+    if experts not in ("memory", "offload"):
+        raise OffloadError(f'Experts can be kept in "memory" or by "offload", not {experts!r}.')
+    if (experts == "offload") != (resident is not None):
+        raise OffloadError(
+            'experts="offload" and resident=N, the experts of each layer that stay in memory, go together.'
+        )
+    if quantize not in (None, *KINDS):
+        raise OffloadError(f"Weights can be rounded to {' or '.join(KINDS)}, not {quantize!r}.")
+    if share is not None and (resident or quantize):
+        raise OffloadError("Experts shared by processes are kept in memory as they are: leave out the other ways.")
+    return resident or 0
+
+
+def _rounded(weight: Tensor, kind: str, name: str) -> QuantizedLinear:
+    try:
+        return QuantizedLinear(weight, kind)
+    except ValueError as error:
+        raise OffloadError(f"{name} cannot be rounded: {error}") from None
+
+
+def _home(model: Transformer, stored: Callable[[str], Tensor] | None, layer: int, expert: int) -> Read:
+    """How to read an expert's weights where they are stored; without `stored`, they are what the module has now."""
+    if stored is None:
+        kept = [part.data for part in parts(model.blocks[layer].experts.ffn[expert])]
+        return lambda: kept
+    names = [f"layers.{layer}.experts.ffn.{expert}.{role}.weight" for role in ("gate", "up", "down")]
+    return lambda: [stored(name) for name in names]
 
 
 def save_model(
@@ -254,8 +332,12 @@ def free_memory(device: str | torch.device = "cpu") -> int | None:
         return None
 
 
-def _check_memory(config: Config, dtype: torch.dtype, device: torch.device) -> None:
-    needed, free = memory_needed(config, dtype), free_memory(device)
+def _check_memory(config: Config, dtype: torch.dtype, device: torch.device, held: int, quantize: str | None) -> None:
+    """`held` experts of each layer must fit, rounded if asked."""
+    total, free = config.n_experts or 1, free_memory(device)
+    one = 3 * config.dim * config.hidden * config.n_layers  # numbers of one expert in all layers
+    size = {None: dtype.itemsize, "int8": 1.0, "int4": 0.53}[quantize]
+    needed = memory_needed(config, dtype) - total * one * dtype.itemsize + round(held * one * size)
     if free is not None and needed > free:
         halve = "dtype='bfloat16' (half of it), " if dtype == torch.float32 else ""
         raise NotEnoughMemory(
@@ -295,6 +377,8 @@ def _old_checkpoint(folder: Path) -> list[str]:
 
 
 def _check_model(model: Transformer) -> None:
+    if not all(tensor.numel() for tensor in model.state_dict().values()):
+        raise CheckpointError("Some of the model's experts are offloaded or elsewhere: load it whole to write it.")
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     promised = {name: tuple(tensor.shape) for name, tensor in blank(model.config).state_dict().items()}
     if odd := list(state.keys() ^ promised.keys()):

@@ -14,10 +14,10 @@ from mixtral_lab import bench
 from mixtral_lab.bench import OURS, ProfileError, Shape, profile
 from mixtral_lab.bench.fresh import Memory, in_this_process
 from mixtral_lab.bench.profiling import SITES, _watched
-from mixtral_lab.machine import FAR, Rooflines
 from mixtral_lab.bench.sections import _on_the_way
 from mixtral_lab.bench.sides import Ours
 from mixtral_lab.config import PRESETS, Config
+from mixtral_lab.machine import FAR, Rooflines
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import visible
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -39,7 +40,9 @@ def test_trace_writes_a_page_and_a_trace(tmp_path):
     page, trace = tmp_path / "a.html", tmp_path / "a.safetensors"
     result = run("trace", "x = 1", "--new", "2", "--html", str(page), "--save", str(trace), "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    assert page.read_text("utf-8").lstrip().lower().startswith("<!doctype html>")
+    state = json.loads(page.read_text("utf-8").split('id="state">')[1].split("</script>")[0])
+    assert tuple(state["panes"][0]["tokens"]) == mixtral_lab.Trace.load(trace).tokens and state["part"]["whole"]
     assert len(mixtral_lab.Trace.load(trace)) == mixtral_lab.Trace.load(trace).n_prompt + 2
 
 

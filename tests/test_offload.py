@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from mixtral_lab.analysis import AnalysisError
 from mixtral_lab.analysis.offload import (
-    LFU,
-    LRU,
     NO_GUESS,
     expert_bytes,
     guess_recall,
@@ -21,6 +19,7 @@ from mixtral_lab.analysis.offload import (
     replay,
 )
 from mixtral_lab.config import PRESETS, Config
+from mixtral_lab.expert_cache import LFU, LRU, ExpertCacheError
 from mixtral_lab.figures import FigureError
 from mixtral_lab.figures.offload import expert_cache, expert_cache_by_layer
 from mixtral_lab.model import Transformer
@@ -72,7 +71,7 @@ def test_guessed_experts_wait_beside_the_cache():
 
 def test_no_room_at_all():
     for policy in (LRU, LFU):
-        with pytest.raises(AnalysisError, match="1 or more"):
+        with pytest.raises(ExpertCacheError, match="1 or more"):
             policy(0)
 
 

@@ -21,8 +21,12 @@ ORDER = [
     ["model.bands"],
     ["model.attention"],
     ["model.moe"],
+    ["model.quantized"],
     ["model.transformer"],
     ["model"],
+    ["expert_cache"],
+    ["offload"],
+    ["parallel"],
     ["checkpoint"],
     ["weights"],
     ["machine"],
@@ -35,7 +39,6 @@ ORDER = [
     [""],  # the package itself: the public names
     ["analysis", "analysis.*"],
     ["figures", "figures.*"],
-    ["page"],
     ["study", "study.*"],
     ["widgets.page"],
     ["widgets.base"],
@@ -45,6 +48,7 @@ ORDER = [
     ["train", "train.*"],
     ["bench", "bench.*"],
     ["cli"],
+    ["run"],
 ]
 PLOTTING = {"figures", "figures.*"}
 OPENERS = {
@@ -53,7 +57,6 @@ OPENERS = {
     "checkpoint",
     "weights",
     "trace",
-    "page",
     "study.corpus",
     "study.report",
     "widgets.page",

@@ -197,6 +197,43 @@ def test_sums_agree_with_all_traces_kept(counts, pieces):
             assert (counts.repeated[domain][unit] == sum(analysis.repetition_counts(one, 8) for one in parts)).all()
 
 
+def test_places_of_a_token_are_places_of_the_corpus(counts, pieces):
+    found = counts.places
+    met: dict[int, list[tuple]] = {}
+    for domain, texts in enumerate(pieces.values()):
+        for trace in (trace for text in texts for trace in text):
+            ids, experts = trace.ids.numpy(), trace.experts.numpy()
+            around = np.pad(ids, (study.counting.BEFORE, study.counting.AFTER), constant_values=-1)
+            for at, token in enumerate(ids.tolist()):
+                met.setdefault(token, []).append(
+                    (*around[at : at + 12].tolist(), domain, *experts[:, at].ravel().tolist())
+                )
+    assert found.seen.sum() == sum(counts.tokens)
+    assert found.ids.shape == (4096, 6, 12)
+    for token, places in met.items():
+        assert found.seen[token] == len(places)
+        kept = [
+            (
+                *found.ids[token, slot].tolist(),
+                int(found.domains[token, slot]),
+                *found.experts[token, slot].ravel().tolist(),
+            )
+            for slot in range(min(len(places), study.counting.PLACES))
+        ]
+        assert kept == places if len(places) <= study.counting.PLACES else set(kept) <= set(places)
+
+
+def test_every_place_is_as_likely_to_be_kept():
+    n, tokens = 40, 500  # of every token so many places, one a piece; which of them stay is known by their domain
+    found = study.counting.Places(tokens, 1, 2, 1)
+    for place in range(n):
+        found.add(place, np.arange(tokens), np.zeros((1, tokens, 1), int))
+    times = np.bincount(found.domains.ravel(), minlength=n)
+    expected = tokens * study.counting.PLACES / n
+    assert times.sum() == tokens * study.counting.PLACES
+    assert abs(times - expected).max() < 5 * expected**0.5
+
+
 def test_caches_are_replayed_on_the_first_tokens_of_every_domain(counts, pieces, lab):
     assert counts.cached == [25] * 3
     expected = 0
@@ -330,6 +367,11 @@ def tiny(lab):
     )
     torch.manual_seed(0)
     return Lab(Transformer(config), lab.tokenizer, "tiny <b>")
+
+
+def test_a_study_carries_what_it_was_made_of(made):
+    assert made.counts.domains == DOMAINS
+    assert sum(made.counts.tokens) == pd.read_parquet(made.folder / "tables" / "corpus.parquet").tokens.sum()
 
 
 def test_texts_and_names_cannot_write_into_the_page(tiny, tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ def _log_p(lab: Lab, ids: Sequence[int], chunks: int = 1) -> Float[Tensor, " lat
             cache = lab.model.new_cache(1, len(ids))
             pieces = whole.to(lab.device).chunk(chunks, dim=1)
             logits = torch.cat([lab.model(piece, cache) for piece in pieces], dim=1)
-    after = torch.tensor(ids[1:], device=logits.device)
+    after = torch.tensor(ids[1:], dtype=torch.long, device=logits.device)
     return -F.cross_entropy(logits[0, :-1].float(), after, reduction="none").double().cpu()
 
 

@@ -3,7 +3,44 @@
 One module for each lesson; a lesson imports its checkers from here.
 """
 
+from mixtral_lab.exercises.attention import check_grouped_scores, check_kept_bytes, check_rotate_by_hand
+from mixtral_lab.exercises.breaking import check_flipped, check_safe, check_weights_without
+from mixtral_lab.exercises.cache import check_cache_bytes, check_oldest_first, check_ring_after
+from mixtral_lab.exercises.mixture import check_feed_forward_numbers, check_mixture, check_swiglu
+from mixtral_lab.exercises.reading import check_either, check_information, check_uneven_chance
 from mixtral_lab.exercises.router import check_repetition, check_route_by_hand
+from mixtral_lab.exercises.tokens import check_apply_merges, check_bytes_per_token, check_chat_by_hand
 from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.whole_model import check_gigabytes_and_speed, check_rms_norm, check_wrong_part, miswired
+from mixtral_lab.exercises.window import check_layers_needed, check_packed_mask, check_visible_keys
 
-__all__ = ["Verdict", "check_repetition", "check_route_by_hand"]
+__all__ = [
+    "Verdict",
+    "check_apply_merges",
+    "check_bytes_per_token",
+    "check_cache_bytes",
+    "check_chat_by_hand",
+    "check_either",
+    "check_feed_forward_numbers",
+    "check_flipped",
+    "check_gigabytes_and_speed",
+    "check_grouped_scores",
+    "check_information",
+    "check_kept_bytes",
+    "check_layers_needed",
+    "check_mixture",
+    "check_oldest_first",
+    "check_packed_mask",
+    "check_repetition",
+    "check_ring_after",
+    "check_rms_norm",
+    "check_rotate_by_hand",
+    "check_route_by_hand",
+    "check_safe",
+    "check_swiglu",
+    "check_uneven_chance",
+    "check_visible_keys",
+    "check_weights_without",
+    "check_wrong_part",
+    "miswired",
+]

@@ -24,6 +24,7 @@ Chosen = Int[Tensor, "batch seq choice"]
 Rows = Float[Tensor, "batch seq choice features_in"]
 Answers = Float[Tensor, "batch seq choice features_out"]
 Part = Callable[[Tensor], Tensor]  # an expert, or half of one
+Take = Callable[[Tensor, Tensor, Sequence[Part]], Tensor]  # rows and choices to answers
 
 FEW = 4  # up to so many tokens, running the chosen experts one by one is the quickest
 
@@ -135,7 +136,7 @@ class Experts(nn.Module):
         if dispatch == "auto":
             few = x.shape[0] * x.shape[1] <= FEW and not torch.is_grad_enabled()
             dispatch = "one_by_one" if few else "sorted"
-        take, chosen = DISPATCH[dispatch], routing.experts
+        take, chosen = self.way(dispatch), routing.experts
 
         tokens = x.unsqueeze(-2).expand(*chosen.shape, -1)
         if self.hidden.watched:
@@ -150,6 +151,10 @@ class Experts(nn.Module):
         else:  # weighed and summed at once: no contribution is laid out on its own
             mixed = einsum(weights, answers, "batch seq choice, batch seq choice dim -> batch seq dim")
         return mixed.to(x.dtype)
+
+    def way(self, dispatch: str) -> Take:
+        """How rows are taken to their experts."""
+        return DISPATCH[dispatch]
 
     @property
     def swiglus(self) -> list[SwiGLU]:

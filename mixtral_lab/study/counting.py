@@ -24,13 +24,47 @@ TOPICS = 64  # topics in several languages that are compared, the first ones met
 OFFLOADED = 8_192  # tokens, over all domains, that caches of experts are replayed on
 EXAMPLES = 3  # domains of which a text is shown
 EXAMPLE = 120  # tokens of it
+PLACES = 6  # of every token of the vocabulary, kept with their neighbours
+BEFORE, AFTER = 7, 4  # neighbours of a place
 ROUTERS = ("layers.*.router.logits", "layers.*.router.experts")
 STREAM = "layers.*.residual.between"
 
 
+class Places:
+    """A few places of every token with their neighbours, each place as likely to be kept as any other of that token.
+
+    Of token t the first `min(seen[t], PLACES)` rows count: `ids` around the place (t itself at `BEFORE`, -1 beyond the
+    piece), its `domains`, and the `experts` chosen there, `layer choice`. What is kept depends on the
+    order of the corpus alone, and takes no more memory for a longer one. Source: Vitter 1985, algorithm R.
+    """
+
+    def __init__(self, n_vocab: int, n_layers: int, n_experts: int, n_choices: int) -> None:
+        self.seen = np.zeros(n_vocab, np.int64)
+        self.ids = np.zeros((n_vocab, PLACES, BEFORE + 1 + AFTER), np.int32)
+        self.domains = np.zeros((n_vocab, PLACES), np.int32)
+        self.experts = np.zeros((n_vocab, PLACES, n_layers, n_choices), np.min_scalar_type(n_experts))
+        self._random = np.random.default_rng(0)
+
+    def add(self, domain: int, ids: np.ndarray, experts: np.ndarray) -> None:
+        """One piece: its ids, `seq`, and its choices, `layer seq choice`."""
+        order = np.argsort(ids, kind="stable")
+        _, start, times = np.unique(ids[order], return_index=True, return_counts=True)
+        nth = np.empty(len(ids), np.int64)
+        nth[order] = np.arange(len(ids)) - np.repeat(start, times)  # of its kind in this piece
+        nth += self.seen[ids]
+        np.add.at(self.seen, ids, 1)
+        slot = np.where(nth < PLACES, nth, self._random.random(len(ids)) * (nth + 1)).astype(np.int64)
+        around = np.pad(ids, (BEFORE, AFTER), constant_values=-1)
+        for at in np.flatnonzero(slot < PLACES):  # few, once a token has been met often
+            place = ids[at], slot[at]
+            self.ids[place] = around[at : at + BEFORE + 1 + AFTER]
+            self.domains[place] = domain
+            self.experts[place] = experts[:, at]
+
+
 @dataclass
 class Counts:
-    """All that is kept of what was read: sums over pieces, and two small tables for each text."""
+    """All that is kept of what was read: sums over pieces, two small tables for each text, a few places of each token."""
 
     model: str
     dtype: str
@@ -63,6 +97,7 @@ class Counts:
         self.entropies = np.zeros((domains, layers, analysis.certainty.BINS), np.int64)
         self.margins = np.zeros_like(self.entropies)
         self.vocabulary = np.zeros((layers, len(self.vocab), experts), np.int32)
+        self.places = Places(len(self.vocab), layers, experts, self.n_choices)
 
     @property
     def most_entropy(self) -> float:
@@ -109,6 +144,7 @@ class Counts:
         if self.n_layers > 1:
             self.moved += analysis.transition_counts(experts, n_experts)
         self.vocabulary += analysis.vocabulary_counts(experts, n_experts, ids, len(self.vocab))
+        self.places.add(domain, ids, experts)
         logits = trace["layers.*.router.logits"].float().numpy()
         self.entropies[domain] += analysis.binned_counts(analysis.router_entropy(logits), self.most_entropy)
         if self.n_choices < n_experts:

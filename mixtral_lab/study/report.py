@@ -32,6 +32,7 @@ class Study(NamedTuple):
     sections: list[Section]
     lacking: list[str]  # what could not be said, and why
     notes: list[str]  # what happened while writing, such as missing PNG files
+    counts: Counts  # what it was all made from: a widget or another analysis can start here
 
 
 def study(lab: Lab, corpus: Corpus, out: str | Path, source: str = "texts given in Python") -> Study:
@@ -69,7 +70,7 @@ def study(lab: Lab, corpus: Corpus, out: str | Path, source: str = "texts given 
     notes = _write_pngs(drawn, folder / "figures")
     report = folder / "report.html"
     report.write_text(_report(about, overview, found, lacking), "utf-8")
-    return Study(folder, report, found, lacking, notes)
+    return Study(folder, report, found, lacking, notes, counts)
 
 
 def check_folder(folder: Path) -> None:

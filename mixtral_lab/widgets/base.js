@@ -14,6 +14,8 @@ function make(tag, attributes = {}, ...children) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else node.setAttribute(name, value === true ? "" : value);
   }
+  // In a cell JupyterLab also forbids the line break of Shift+Enter, by a listener that comes after this one.
+  if (tag === "textarea") node.addEventListener("beforeinput", event => event.stopImmediatePropagation());
   node.append(...children.flat().filter(child => child !== undefined && child !== null).map(child =>
     child instanceof Node ? child : document.createTextNode(String(child))));
   return node;
@@ -38,13 +40,17 @@ function unpack(model) {
   return found;
 }
 
+// Models whose kernel was restarted or shut down since.
+const gone = new WeakSet();
+const GONE = "Python no longer answers: its kernel was restarted or shut down. What is shown stays; run the cell again for the rest.";
+
 // The widget's outermost element, in the light or dark theme of JupyterLab, VS Code or the browser, under which a note says
 // what is missing or went wrong. Call it once in `render`, and append everything to what it returns.
 function frame(model, el, name) {
   const root = make("div", { class: "mixtral-lab " + name });
   const note = make("p", { class: "notice", role: "status" });
   const say = () => {
-    note.textContent = model.get("notice");
+    note.textContent = [model.get("notice"), gone.has(model) ? GONE : ""].filter(Boolean).join(" ");
     note.hidden = !note.textContent;
   };
   const dark = () => {
@@ -57,6 +63,7 @@ function frame(model, el, name) {
   new MutationObserver(paint).observe(document.body, { attributes: true });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
   model.on("change:notice", say);
+  model.on("comm_live_update", () => { gone.add(model); say(); });
   paint();
   say();
   root.append(note);
@@ -68,7 +75,7 @@ function frame(model, el, name) {
 }
 
 // Whether Python hears what the widget says: not in a saved page, and no more once the kernel is gone.
-function answers(model) { return !model.alone; }
+function answers(model) { return !model.alone && !gone.has(model); }
 
 // Set traits by name and let Python know.
 function put(model, values) {

@@ -35,7 +35,9 @@ class LabWidget(anywidget.AnyWidget):
     what `save_html` writes into a page of its own.
     """
 
-    colours: traitlets.List = traitlets.List(help="of every expert: its colour, and black or white for text on it").tag(sync=True)
+    colours: traitlets.List = traitlets.List(help="of every expert: its colour, and black or white for text on it").tag(
+        sync=True
+    )
     notice = traitlets.Unicode(help="what is missing or went wrong, in words; shown inside the widget").tag(sync=True)
     name = traitlets.Unicode(help="by which its fallback knows it").tag(sync=True)
     arrays = traitlets.Dict(help="where each array stands in `data`").tag(sync=True)

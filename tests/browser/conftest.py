@@ -53,6 +53,7 @@ class Watched:
 
     def __init__(self, page: Page) -> None:
         self.errors: list[str] = []
+        self.allowed: list[str] = list(HARMLESS)
         self.outside: list[str] = []
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -62,9 +63,12 @@ class Watched:
         if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "file://", "data:", "blob:", "about:")):
             self.outside.append(url)
 
+    def allow(self, words: str) -> None:
+        self.allowed.append(words)
+
     def check(self) -> None:
         assert not self.outside, f"asked other machines: {self.outside}"
-        errors = [error for error in self.errors if not any(known in error for known in HARMLESS)]
+        errors = [error for error in self.errors if not any(known in error for known in self.allowed)]
         assert not errors, f"on the console: {errors}"
 
 
@@ -81,13 +85,16 @@ def new_page(browser, request):
             stack.callback(context.close)
             page = context.new_page()
             page.set_default_timeout(20_000)
-            opened.append((page, Watched(page)))
+            page.said = Watched(page)
+            opened.append((page, page.said))
             return page
 
         yield make
         SCREENSHOTS.mkdir(exist_ok=True)
         name = "".join(sign if sign.isalnum() or sign in "-_" else "_" for sign in request.node.name)
         for number, (page, _) in enumerate(opened):
+            if page.is_closed():
+                continue
             page.screenshot(path=SCREENSHOTS / f"{request.node.path.stem}-{name}-{number}.png", full_page=True)
         for _, watched in opened:
             watched.check()

@@ -1,0 +1,92 @@
+"""Several processes, one model: each holds a part of every layer's experts, and rows travel to the expert they chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from mixtral_lab.config import LabError
+from mixtral_lab.model import Transformer
+from mixtral_lab.model.moe import Answers, Chosen, Experts, Part, Rows, Take, take_sorted
+
+
+class ParallelError(LabError, ValueError):
+    """The processes cannot share this model."""
+
+
+def owned(n_experts: int | None, rank: int, size: int) -> range:
+    """The experts that a process holds: the `rank`-th of `size` equal stretches. Raises `ParallelError`."""
+    if n_experts is None:
+        raise ParallelError("This model is dense: there are no experts to share.")
+    if n_experts % size:
+        raise ParallelError(f"{n_experts} experts cannot be shared evenly by {size} processes.")
+    each = n_experts // size
+    return range(rank * each, (rank + 1) * each)
+
+
+class Shared(Experts):
+    """`Experts` of which this process holds some; the other processes hold the others and run the same program.
+
+    All processes read the same text and compute attention alike. At the experts each sends an equal share of the rows to
+    the processes that hold their experts (all-to-all), runs its own experts on what it is sent, and sends the answers
+    back; in the end all answers are gathered everywhere. So each expert's weights are in one place only.
+    """
+
+    def __init__(self, ffn: nn.ModuleList, rank: int, size: int) -> None:
+        super().__init__(0, 0, 0)
+        self.ffn, self.rank, self.size = ffn, rank, size
+        self.bank, self._sought = None, True
+
+    def lay_out(self) -> None:
+        raise ParallelError("A model shared by processes cannot be compiled.")
+
+    def way(self, dispatch: str) -> Take:
+        if dispatch == "every":
+            raise ParallelError('The plain definition needs all experts in one place: leave dispatch at "auto".')
+        return partial(self._take, dispatch)
+
+    def _take(self, dispatch: str, rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+        mine = owned(len(experts), self.rank, self.size)
+        flat = rearrange(rows, "batch seq choice features -> (batch seq choice) features")
+        total = len(flat)
+        sent = torch.arange(total, device=rows.device)[self.rank :: self.size]
+        wanted = chosen.flatten()[sent]
+        order = wanted.argsort(stable=True)  # by expert, and so by process
+        out = (wanted // len(mine)).bincount(minlength=self.size)
+        came = torch.empty_like(out)
+        dist.all_to_all_single(came, out)
+        there, back = out.tolist(), came.tolist()
+        received = self._exchange(flat[sent][order], back, there)
+        which = self._exchange(wanted[order], back, there)
+        if len(received):
+            local = take_sorted(
+                received[None, :, None], (which - mine.start)[None, :, None], experts[mine.start : mine.stop]
+            )
+            answers = local[0, :, 0]
+        else:
+            answers = experts[mine.start](received)  # no rows, but of the right width
+        answers = self._exchange(answers, there, back)
+        each = -(-total // self.size)
+        put_back = answers.new_zeros(each, answers.shape[-1])
+        put_back[order] = answers
+        everywhere = put_back.new_empty(self.size * each, answers.shape[-1])
+        dist.all_gather_into_tensor(everywhere, put_back)
+        in_turn = rearrange(everywhere, "(rank row) features -> (row rank) features", rank=self.size)
+        return in_turn[:total].view(*chosen.shape, -1)
+
+    def _exchange(self, rows: Tensor, come: list[int], go: list[int]) -> Tensor:
+        received = rows.new_empty(sum(come), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), come, go)
+        return received
+
+
+def share_experts(model: Transformer, rank: int, size: int) -> None:
+    """Let this process's model do with the experts it owns, together with `size - 1` others."""
+    owned(model.config.n_experts, rank, size)
+    for block in model.blocks:
+        block.experts = Shared(block.experts.ffn, rank, size)
