@@ -223,8 +223,8 @@ class _Recording:
         @torch.inference_mode()
         def work() -> Any:
             with recording(self.model, self.names) if self.names else nullcontext() as recorder:
-                self.model(ids)
-            return recorder
+                logits = self.model(ids)
+            return logits, recorder
 
         return work
 
