@@ -9,6 +9,7 @@ from mixtral_lab.exercises.cache import check_cache_bytes, check_oldest_first, c
 from mixtral_lab.exercises.mixture import check_feed_forward_numbers, check_mixture, check_swiglu
 from mixtral_lab.exercises.reading import check_either, check_information, check_uneven_chance
 from mixtral_lab.exercises.router import check_repetition, check_route_by_hand
+from mixtral_lab.exercises.start import check_decisions, check_first_choice
 from mixtral_lab.exercises.tokens import check_apply_merges, check_bytes_per_token, check_chat_by_hand
 from mixtral_lab.exercises.verdict import Verdict
 from mixtral_lab.exercises.whole_model import check_gigabytes_and_speed, check_rms_norm, check_wrong_part, miswired
@@ -20,8 +21,10 @@ __all__ = [
     "check_bytes_per_token",
     "check_cache_bytes",
     "check_chat_by_hand",
+    "check_decisions",
     "check_either",
     "check_feed_forward_numbers",
+    "check_first_choice",
     "check_flipped",
     "check_gigabytes_and_speed",
     "check_grouped_scores",

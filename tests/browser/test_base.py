@@ -5,6 +5,9 @@ from __future__ import annotations
 from conftest import menu
 from playwright.sync_api import expect
 
+import mixtral_lab
+from mixtral_lab import figures
+
 START = """
 import mixtral_lab
 from mixtral_lab.study import count
@@ -54,3 +57,14 @@ def test_a_restarted_kernel_leaves_every_widget_readable(lab_page, new_page, jup
     for fallback in fallbacks.all():
         expect(fallback).to_be_visible()
         assert len(fallback.inner_text()) > 20
+
+
+def test_a_figure_is_a_page_of_its_own(new_page, tmp_path):
+    """plotly's own writing, with its script inside: nothing is fetched."""
+    lab = mixtral_lab.load("mini-mixtral", device="cpu")
+    path = tmp_path / "figure.html"
+    figures.token_layer_map(lab.trace("Once upon a time")).write_html(path, include_plotlyjs=True)
+    page = new_page()
+    page.goto(path.as_uri())
+    expect(page.locator(".gtitle")).to_contain_text("mini-mixtral")
+    assert page.locator(".heatmaplayer image, .barlayer path, .imagelayer image, .scatterlayer path").count() > 0
