@@ -9,7 +9,7 @@ LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
 lab: .venv/.ok
 	$(BIN)/jupyter lab $(OFFLINE) --ip=127.0.0.1 --ServerApp.root_dir=. \
-		--LabApp.default_url=/lab/tree/notebooks/01_meet_the_router.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ok
 	$(BIN)/python -m pytest tests --ignore=tests/browser

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FAR = 2**29  # bytes of the buffer that is read: far beyond any cache of a processor
 SIDE = 2048  # rows and columns of the matrices that are multiplied
 SPARE = 0.1  # of the memory, left to activations, the framework and everything else
-GROUP = 128  # int4: numbers that share a scale and a zero, 2 bytes each
+GROUP = 128  # int4: numbers that share a scale and a middle
 
 DTYPES = {"float32": 4.0, "bfloat16": 2.0}  # bytes for each number
 EXPERTS = {
@@ -110,8 +110,8 @@ def what_fits(config: Config, machine: Machine, length: int) -> pd.DataFrame:
         embeddings = (
             0 if config.tied else config.vocab * config.dim
         )  # one row of them is looked up, the rest is not read
-        for experts, small in EXPERTS.items():
-            expert = one * (size if small is None else small)
+        for experts in EXPERTS:  # int8 has one scale for each row besides
+            expert = one * {"int8": 1.0, "int4": 0.5 + 2 * size / GROUP}.get(experts, size)
             room = usable - rest * size - cache
             resident = max(0, min(total, int(room // expert)))
             if resident < chosen or (resident < total and machine.link is None):
