@@ -32,7 +32,7 @@ def test_areas_are_the_shares_in_the_experts_colours():
     [
         ({}, "at least one run"),
         ({"a": np.ones((2, 1, 4))}, "sum to 1"),
-        ({"a": np.full((2, 4), 0.25)}, "step, layer, expert"),
+        ({"a": np.full((0, 1, 4), 0.25)}, "step, layer, expert"),
         ({"a": np.full((2, 1, 4), 0.25), "b": np.full((2, 1, 2), 0.5)}, "as many layers and experts"),
     ],
 )

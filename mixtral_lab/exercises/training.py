@@ -114,5 +114,5 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def _same(got: Sequence[float], wanted: Sequence[float]) -> bool:
+def _same(got: Sequence[float], wanted: Sequence[float] | Sequence[int]) -> bool:
     return all(math.isclose(x, y, abs_tol=1e-3) for x, y in zip(got, wanted, strict=True))

@@ -37,8 +37,8 @@ def roofline(
     high = max(*rates, ceiling) / 1e9
     fig = go.Figure()
     for x, name, colour in (
-        ([left, ridge], f"as fast as memory brings numbers: {bandwidth / 1e9:,.3g} GB/s", INK),
-        ([ridge, right], f"as fast as it can calculate: {ceiling / 1e9:,.3g} GFLOP/s", SOFT),
+        ([left, ridge], f"what memory allows: {bandwidth / 1e9:,.3g} GB/s", INK),
+        ([ridge, right], f"what arithmetic allows: {ceiling / 1e9:,.3g} GFLOP/s", SOFT),
     ):
         fig.add_scatter(
             x=x, y=[min(bandwidth * at, ceiling) / 1e9 for at in x], mode="lines", name=name, showlegend=True,
@@ -49,9 +49,10 @@ def roofline(
         x=math.log10(ridge), y=0, yref="paper", text=f"both alike: {ridge:,.3g}", showarrow=False, font={"color": SOFT},
         xanchor="left", yanchor="bottom", xshift=5, yshift=3,
     )  # fmt: skip
+    places = ["bottom left" if at > right / 4 else "bottom right" for at in intensities]
     fig.add_scatter(
         x=list(intensities), y=[rate / 1e9 for rate in rates], mode="markers+text", name="measured", showlegend=True,
-        text=[plain(name) for name in names], textposition="bottom right", marker={"color": ACCENT, "size": 10},
+        text=[plain(name) for name in names], textposition=places, marker={"color": ACCENT, "size": 10},
         textfont={"color": ACCENT}, hovertemplate="%{text}<br>%{x:,.3g} operations per byte<br>%{y:,.3g} GFLOP/s<extra></extra>",
     )  # fmt: skip
     fig.update_xaxes(
@@ -64,5 +65,5 @@ def roofline(
         separatethousands=True, range=[math.log10(low), math.log10(high) + 0.15],
     )  # fmt: skip
     return framed(fig, plain(title), plain(subtitle), plot=330, left=78, right=40, below=52).update_layout(
-        legend={"entrywidth": 290}
+        legend={"entrywidth": 245}
     )
