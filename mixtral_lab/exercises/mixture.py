@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral_lab.config import PRESETS, Config
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, judged
 
 
 def check_swiglu(answer: Callable[..., object]) -> Verdict:
@@ -31,7 +31,7 @@ def check_swiglu(answer: Callable[..., object]) -> Verdict:
         "`gate` is missing: that is silu of up alone.": down @ F.silu(passed),
         "You took the silu of the product: take it of the gate alone, then multiply.": down @ F.silu(opened * passed),
     }
-    return _judged(got, down @ (F.silu(opened) * passed), mistakes, "The gate opens, up passes, down brings it back.")
+    return judged(got, down @ (F.silu(opened) * passed), mistakes, "The gate opens, up passes, down brings it back.")
 
 
 def check_mixture(answer: Callable[..., object]) -> Verdict:
@@ -67,7 +67,7 @@ def check_mixture(answer: Callable[..., object]) -> Verdict:
             weights.flip(1)[..., None] * of_choice
         ).sum(1),
     }
-    verdict = _judged(got, right, mistakes, "Each expert once, on the tokens that chose it, weighed and added.")
+    verdict = judged(got, right, mistakes, "Each expert once, on the tokens that chose it, weighed and added.")
     wanted = [3, 3, 4, 0]
     if verdict.solved and rows != wanted:
         if min(rows[:3]) >= 5:
@@ -138,12 +138,3 @@ def _tried(run: Callable[[], object], shape: tuple[int, ...]) -> tuple[Tensor, V
     if tuple(got.shape) != shape:
         return nothing, Verdict(False, f"The result must have the shape {shape}, but has {tuple(got.shape)}.")
     return got, None
-
-
-def _judged(got: Tensor, right: Tensor, mistakes: dict[str, Tensor], praise: str) -> Verdict:
-    if torch.allclose(got, right, atol=1e-4):
-        return Verdict(True, praise)
-    for message, wrong in mistakes.items():
-        if torch.allclose(got, wrong, atol=1e-4):
-            return Verdict(False, message)
-    return Verdict(False, f"The shape is right, the numbers are not: off by up to {(got - right).abs().max():.2g}.")

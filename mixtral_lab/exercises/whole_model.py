@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtral_lab.config import PRESETS, Config
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, judged
 from mixtral_lab.lab import Lab
 
 WRONG_LAYER = 4  # of the model that `miswired` makes
@@ -52,7 +52,7 @@ def check_rms_norm(answer: Callable[[Tensor, Tensor, float], object]) -> Verdict
         * weight,
         "You multiplied by the root: divide by it.": x * (squares + eps).sqrt() * weight,
     }
-    return _judged(got, right, mistakes, "Every token has the same size now, and the weight says which numbers count.")
+    return judged(got, right, mistakes, "Every token has the same size now, and the weight says which numbers count.")
 
 
 def miswired(lab: Lab) -> Lab:
@@ -148,12 +148,3 @@ def _near(a: float, b: float) -> bool:
 def _stopped(error: Exception) -> Verdict:
     said = str(error).splitlines() or [""]
     return Verdict(False, f"Your function stopped with {type(error).__name__}: {said[0]}.")
-
-
-def _judged(got: Tensor, right: Tensor, mistakes: dict[str, Tensor], praise: str) -> Verdict:
-    if torch.allclose(got, right, atol=1e-4):
-        return Verdict(True, praise)
-    for message, wrong in mistakes.items():
-        if torch.allclose(got, wrong, atol=1e-4):
-            return Verdict(False, message)
-    return Verdict(False, f"The shape is right, the numbers are not: off by up to {(got - right).abs().max():.2g}.")
