@@ -65,5 +65,5 @@ def roofline(
         separatethousands=True, range=[math.log10(low), math.log10(high) + 0.15],
     )  # fmt: skip
     return framed(fig, plain(title), plain(subtitle), plot=330, left=78, right=40, below=52).update_layout(
-        legend={"entrywidth": 245}
+        legend={"entrywidth": 228}
     )
