@@ -34,6 +34,7 @@ from mixtral_lab.bench import (
 from mixtral_lab.bench.report import CACHE, COMPILED, DECODE, PEAK, PREFILL, RECORDING, Measurement
 from mixtral_lab.bench.sections import RECORDED, Sections
 from mixtral_lab.config import Config
+from mixtral_lab.machine import Rooflines
 
 TINY = Shape(
     "tiny",
@@ -318,6 +319,7 @@ def test_both_sides_compile():
     script = """
 from mixtral_lab import bench
 from mixtral_lab.config import Config
+from mixtral_lab.machine import Rooflines
 config = Config(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, hidden=24, vocab=61, context=128,
                 n_experts=4, n_choices=2)
 shape, lengths = bench.Shape("one layer", config), bench.Lengths(prompts=(12,), written=3)

@@ -708,7 +708,7 @@ def test_memory_needed_in_the_message(monkeypatch):
     assert memory_needed(config, torch.float32) == 2 * memory_needed(config, "bfloat16")
     monkeypatch.setattr(weights, "free_memory", lambda device: 21_000_000_000)
     with pytest.raises(NotEnoughMemory, match=r"need 93\.4 GB in bfloat16, but 21\.0 GB are free on cpu"):
-        weights._check_memory(config, torch.bfloat16, torch.device("cpu"))
+        weights._check_memory(config, torch.bfloat16, torch.device("cpu"), config.n_experts or 1, None)
 
 
 def test_free_memory_with_and_without_proc(monkeypatch):
