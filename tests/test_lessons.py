@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtral_lab.exercises.solved import solutions, solved
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 
@@ -54,21 +56,31 @@ def test_cells_are_short_and_explained(path):
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_stubs_are_unsolved_and_folded_solutions_right(path):
     """Cells tagged `setup` make what the exercises need; a stub's last line calls its checker."""
-    solutions = re.findall(
-        r"<summary>Solution</summary>\s*```python\n(.*?)```",
-        "\n".join(map(source, cells(path, "markdown"))),
-        re.DOTALL,
-    )
+    answers = solutions(json.loads(path.read_text("utf-8")))
     code = cells(path, "code")
     stubs = [source(cell) for cell in code if "your turn" in source(cell)]
-    assert len(stubs) == len(solutions) >= 2
+    assert len(stubs) == len(answers) >= 2
     space: dict = {}
     for cell in code:
         if "setup" in cell["metadata"].get("tags", []):
             exec(source(cell), space)
-    for stub, solution in zip(stubs, solutions, strict=True):
+    for stub, solution in zip(stubs, answers, strict=True):
         *_, call = stub.strip().splitlines()
         exec(stub.rpartition(call)[0], space)
         assert eval(call, space).solved is None, call
         exec(solution, space)
         assert eval(call, space).solved is True, call
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_solved_lesson_has_no_stub_left_and_still_calls_its_checkers(path):
+    lesson = json.loads(path.read_text("utf-8"))
+    filled = solved(lesson)
+    assert len(filled["cells"]) == len(lesson["cells"])
+    for before, after in zip(lesson["cells"], filled["cells"], strict=True):
+        if before["cell_type"] == "code" and "your turn" in source(before):
+            assert "your turn" not in source(after)
+            assert source(before).strip().splitlines()[-1] == source(after).splitlines()[-1]
+            compile(source(after), path.name, "exec")
+        else:
+            assert before == after

@@ -61,6 +61,7 @@ OPENERS = {
     "study.report",
     "widgets.page",
     "widgets.base",
+    "exercises.solved",
     "bench",
     "bench.*",
     "cli",

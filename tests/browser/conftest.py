@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
 SCREENSHOTS = HERE / "screenshots"
 CANDIDATES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 # What JupyterLab itself says on the console, whatever the notebook.
 HARMLESS = ("favicon", "Download the React DevTools", "ResizeObserver loop")
