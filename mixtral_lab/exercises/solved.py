@@ -5,6 +5,7 @@ The folded solutions in the lessons are the only source, so the two cannot diffe
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -23,16 +24,25 @@ def solutions(notebook: dict[str, Any]) -> list[str]:
 
 
 def solved(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The same notebook: before the last line of each stub, which calls the checker, the solution takes its place."""
-    answer = iter(solutions(notebook))
+    """The same notebook, where the solution stands in each stub in place of what it defines anew."""
+    answers = iter(solutions(notebook))
     filled = copy.deepcopy(notebook)
     for cell in filled["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and STUB in source:
-            imports = [line for line in source.splitlines() if line.startswith(("from ", "import "))]
-            *_, call = source.strip().splitlines()
-            cell["source"] = "\n".join([*imports, *[""] * bool(imports), next(answer).strip(), "", call])
+            answer = next(answers).strip()
+            defined = {name for statement in ast.parse(answer).body for name in _defines(statement)}
+            *before, call = ast.parse(source).body
+            kept = [ast.get_source_segment(source, one) for one in before if not _defines(one) & defined]
+            cell["source"] = "\n\n".join([*filter(None, kept), answer, ast.get_source_segment(source, call) or ""])
     return filled
+
+
+def _defines(statement: ast.stmt) -> set[str]:
+    """The names that a statement gives a value to."""
+    if isinstance(statement, ast.FunctionDef):
+        return {statement.name}
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 if __name__ == "__main__":
