@@ -72,7 +72,7 @@ class Config:
     @property
     def parameters(self) -> int:
         """Numbers stored in the checkpoint."""
-        return self._outside_the_feed_forwards + self.n_layers * (self.n_experts or 1) * self._one_feed_forward
+        return self._outside_the_feed_forwards + self.n_layers * (self.n_experts or 1) * self.expert_parameters
 
     @property
     def active_parameters(self) -> int:
@@ -81,10 +81,11 @@ class Config:
         This is the paper's "active parameter count": everything but the experts that were not chosen.
         Mixtral 8x7B: 12.9 of 46.7 billion (arXiv 2401.04088, section 3).
         """
-        return self._outside_the_feed_forwards + self.n_layers * (self.n_choices or 1) * self._one_feed_forward
+        return self._outside_the_feed_forwards + self.n_layers * (self.n_choices or 1) * self.expert_parameters
 
     @property
-    def _one_feed_forward(self) -> int:
+    def expert_parameters(self) -> int:
+        """Numbers of one expert of one layer (of a dense model: of a layer's whole feed-forward)."""
         return 3 * self.dim * self.hidden
 
     @property

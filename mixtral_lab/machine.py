@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from mixtral_lab.config import Config, LabError
 from mixtral_lab.model.linear import linear
+from mixtral_lab.weights import free_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,13 +54,6 @@ class Machine:
                 raise MachineError(f"The machine's {name} is {value}: it must be above 0.")
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes that a device has free for a model now."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
-
-
 def describe(
     device: str | None = None, memory: float | None = None, bandwidth: float | None = None, link: float | None = None
 ) -> Machine:
@@ -79,7 +72,10 @@ def describe(
         raise MachineError(
             f"There is no device {device} here ({str(error).splitlines()[0]}); give memory and bandwidth."
         ) from None
-    return Machine(memory or memory_of(where), bandwidth or rooflines.bandwidth(), link or rooflines.link())
+    free = memory or free_memory(where)
+    if free is None:
+        raise MachineError(f"How much memory {device} has free is not known here: give it.")
+    return Machine(float(free), bandwidth or rooflines.bandwidth(), link or rooflines.link())
 
 
 def what_fits(config: Config, machine: Machine, length: int) -> pd.DataFrame:
@@ -102,7 +98,7 @@ def what_fits(config: Config, machine: Machine, length: int) -> pd.DataFrame:
         raise MachineError(f"The length is {length} tokens: it must be at least 1.")
     usable = machine.memory * (1 - SPARE)
     total, chosen = config.n_experts or 1, config.n_choices or 1
-    one = 3 * config.dim * config.hidden * config.n_layers  # numbers of one expert, all layers together
+    one = config.expert_parameters * config.n_layers
     rest = config.parameters - total * one
     rows = []
     for dtype, size in DTYPES.items():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixtral_lab.config import LabError
 from mixtral_lab.model import Transformer
-from mixtral_lab.model.moe import Answers, Chosen, Experts, Part, Rows, Take, take_sorted
+from mixtral_lab.model.moe import Answers, Chosen, Experts, Part, Routing, Rows, Take, take_sorted
 
 
 class ParallelError(LabError, ValueError):
@@ -45,12 +45,15 @@ class Shared(Experts):
     def lay_out(self) -> None:
         raise ParallelError("A model shared by processes cannot be compiled.")
 
-    def way(self, dispatch: str) -> Take:
-        if dispatch == "every":
-            raise ParallelError('The plain definition needs all experts in one place: leave dispatch at "auto".')
-        return partial(self._take, dispatch)
+    def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
+        if self.dispatch not in ("auto", "sorted", "one_by_one"):
+            raise ParallelError('The plain definitions need all experts in one place: leave dispatch at "auto".')
+        return super().forward(x, routing)
 
-    def _take(self, dispatch: str, rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+    def way(self, dispatch: str) -> Take:
+        return self._take  # whichever would be quickest for one process
+
+    def _take(self, rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
         mine = owned(len(experts), self.rank, self.size)
         flat = rearrange(rows, "batch seq choice features -> (batch seq choice) features")
         total = len(flat)

@@ -335,7 +335,7 @@ def free_memory(device: str | torch.device = "cpu") -> int | None:
 def _check_memory(config: Config, dtype: torch.dtype, device: torch.device, held: int, quantize: str | None) -> None:
     """`held` experts of each layer must fit, rounded if asked."""
     total, free = config.n_experts or 1, free_memory(device)
-    one = 3 * config.dim * config.hidden * config.n_layers  # numbers of one expert in all layers
+    one = config.expert_parameters * config.n_layers
     size = {None: dtype.itemsize, "int8": 1.0, "int4": 0.53}[quantize]
     needed = memory_needed(config, dtype) - total * one * dtype.itemsize + round(held * one * size)
     if free is not None and needed > free:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mixtral_lab import PRESETS, figures
 from mixtral_lab.figures import FigureError
-from mixtral_lab.machine import Machine, MachineError, Rooflines, describe, memory_of, what_fits
+from mixtral_lab.machine import Machine, MachineError, Rooflines, describe, what_fits
+from mixtral_lab.weights import free_memory
 
 BIG = PRESETS["mixtral-8x7b"].config
 GB = 1e9
@@ -79,7 +80,7 @@ def test_more_memory_never_hurts(name, memory, more, length):
 def test_a_machine_is_described_or_measured():
     assert describe(None, 1e9, 2e9) == Machine(1e9, 2e9, None)
     here = describe("cpu", link=1e9)
-    assert 0 < here.memory <= 2 * memory_of(torch.device("cpu"))
+    assert 0 < here.memory <= 2 * free_memory("cpu")
     assert here.bandwidth > 1e8
     assert here.link == 1e9
     assert Rooflines(torch.device("cpu")).link() is None

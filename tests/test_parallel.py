@@ -94,3 +94,10 @@ def test_who_owns_what():
         owned(8, 0, 3)
     with pytest.raises(ParallelError, match="dense"):
         owned(None, 0, 1)
+
+
+def test_the_plain_definition_is_refused():
+    lab = mixtral_lab.load("mini-mixtral", device="cpu", share=(0, 1))
+    lab.model.layers[0].experts.dispatch = "dense"
+    with pytest.raises(ParallelError, match="all experts in one place"):
+        lab.trace(PROMPT)

@@ -92,7 +92,7 @@ def expert_bytes(config: Config, bytes_per_number: float = 2) -> int:
     """
     if config.n_experts is None:
         raise AnalysisError("A dense model has no experts to keep in a cache.")
-    return round(3 * config.dim * config.hidden * bytes_per_number)
+    return round(config.expert_parameters * bytes_per_number)
 
 
 def offload_frame(

@@ -10,12 +10,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtral_lab.model.moe import SwiGLU
-
 GROUPS = (128, 64, 32)  # int4: so many numbers of a row share a scale and a zero; the largest that divides the row
-FEW = (
-    16  # rows; up to so many, PyTorch's kernels for small integers are the quickest, then it pays to widen the weights
-)
+FEW = 16  # up to so many rows, PyTorch's kernels for small integers are the quickest; then it pays to widen the weights
 BLOCK = 64  # int4: rows are kept by so many, column after column, row n and row n + 32 in the halves of one byte: the order that
 # PyTorch's kernel has on processors with 64 bytes in a register. Elsewhere the kernel disagrees, and is not used.
 KINDS = ("int8", "int4")
@@ -90,13 +86,6 @@ class QuantizedLinear(nn.Module):
             return torch.ops.aten._weight_int8pack_mm(x, self.integers, self.scales)
         group = self.shape[1] // self.scales.shape[0]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.integers, group, self.scales)
-
-
-def quantize(experts: list[SwiGLU], kind: str) -> None:
-    """Round the matrices of these experts, one after the other, so that never two copies of all are there."""
-    for expert in experts:
-        for role in ("gate", "up", "down"):
-            setattr(expert, role, QuantizedLinear(getattr(expert, role).weight, kind))
 
 
 @functools.cache
