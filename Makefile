@@ -5,7 +5,7 @@ BIN := .venv/bin
 OFFLINE := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
-.PHONY: lab test test-browser check notebooks solutions corpus clean
+.PHONY: lab test test-browser check notebooks solutions site corpus clean
 
 lab: .venv/.ok
 	$(BIN)/jupyter lab $(OFFLINE) --ip=127.0.0.1 --ServerApp.root_dir=. \
@@ -32,6 +32,10 @@ notebooks: .venv/.ok
 # The lessons with their folded solutions filled in, in notebooks/solutions/.
 solutions: .venv/.ok
 	$(BIN)/python -m mixtral_lab.exercises.solved notebooks notebooks/solutions
+
+# The lessons as they ran, with docs, as web pages that need no network: build/site/index.html.
+site: .venv/.ok
+	$(BIN)/python docs/site/build.py $(LESSONS)
 
 # The text that the mini models were trained on (a few minutes, 400 MB of downloads and text; needs npm and apt-get).
 corpus: .venv/.ok

@@ -21,8 +21,11 @@ attention is grouped attention with a group of 1, and a dense model is one with 
 
 from mixtral_lab.bundled import excerpts
 from mixtral_lab.config import PRESETS, Config, LabError
+from mixtral_lab.hugging_face import from_transformers
 from mixtral_lab.lab import Lab, load
 from mixtral_lab.model import Routing, Transformer
 from mixtral_lab.trace import Trace
 
-__all__ = ["PRESETS", "Config", "Lab", "LabError", "Routing", "Trace", "Transformer", "excerpts", "load"]
+__all__ = [
+    "PRESETS", "Config", "Lab", "LabError", "Routing", "Trace", "Transformer", "excerpts", "from_transformers", "load",
+]  # fmt: skip

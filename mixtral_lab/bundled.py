@@ -10,6 +10,7 @@ from mixtral_lab.config import LabError
 
 PLACES = (Path(__file__).resolve().parents[1] / "data", Path(sys.prefix) / "share" / "mixtral-lab" / "data")
 MODELS = ("mini-mixtral", "mini-mistral")
+UPCYCLED = {"smolmixtral": "smolmixtral-adapter"}  # a name, and the folder of what turns its installed parent into it
 
 
 def folder(name: str) -> Path:

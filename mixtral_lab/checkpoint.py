@@ -210,16 +210,18 @@ def read_config(path: str | Path) -> Config:
 def _json_config(file: Path) -> Config:
     raw = _read_json(file)
     try:
-        return _hugging_face_config(file, raw) if file.name == "config.json" else _mistral_config(file, raw)
+        return hugging_face_config(file, raw) if file.name == "config.json" else _mistral_config(file, raw)
     except (TypeError, AttributeError):
         raise CorruptFile(f"{file} holds a value of a kind that makes no sense where it stands.") from None
 
 
-def _hugging_face_config(file: Path, raw: dict[str, Any]) -> Config:
+def hugging_face_config(file: Path | str, raw: dict[str, Any]) -> Config:
+    """Our config from the values of a config.json; `file` says where they stand. Raises what `read_config` raises."""
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
+        also = " that reads images or sounds as well" if {"vision_config", "audio_config"} & raw.keys() else ""
         raise UnknownArchitecture(
-            f"{file} describes a model of type {kind!r}; this package knows {', '.join(MODEL_TYPES)}."
+            f"{file} describes a model of type {kind!r}{also}; this package knows {', '.join(MODEL_TYPES)}, all text alone."
         )
     architecture, silent = MODEL_TYPES[kind]
     if (named := raw.get("architectures") or [architecture]) != [architecture]:
@@ -277,7 +279,7 @@ def _gguf_config(file: Path, reader: Any) -> Config:
     return config
 
 
-def _config(file: Path, column: int, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Config:
+def _config(file: Path | str, column: int, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> Config:
     """Build the config from a file's own names, which stand in one column of `FIELDS`."""
     for name, plain in PLAIN[column].items():
         if raw.get(name) not in (None, plain):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +13,6 @@ from rich.text import Text
 
 from mixtral_lab.config import PRESETS, Config, LabError
 from mixtral_lab.terminal import err, in_one_sentence
-
-if TYPE_CHECKING:
-    from mixtral_lab.trace import Trace
 
 app = typer.Typer(
     help="Open a mixture-of-experts language model, watch every decision it makes, and change one.",
@@ -46,6 +43,7 @@ def trace(
 ) -> None:
     """Let a model read TEXT and write on; show which experts took every token."""
     import mixtral_lab
+    from mixtral_lab.figures.terminal import expert_table
 
     with err.status("loading"):
         lab = mixtral_lab.load(model, device=device, dtype=dtype)
@@ -61,7 +59,7 @@ def trace(
         written["Trace"] = found.save(save)
     out.print(Text(text, style="dim"), Text(lab.tokenizer.decode(found.ids[found.n_prompt :]), style="bold"), sep="")
     out.print()
-    out.print(_expert_table(found))
+    out.print(expert_table(found, width=out.width))
     out.print(
         f"{found.model} in {found.dtype}: a cell names the experts that took the token in that layer, the first with "
         f"its weight in %. {routing.logits.shape[-1]} experts, coloured by the first.",
@@ -69,27 +67,6 @@ def trace(
     )
     for what, path in written.items():
         out.print(f"{what}: {path}")
-
-
-def _expert_table(found: Trace) -> Table:
-    from mixtral_lab.figures import expert_colour, text_colour
-
-    _, experts, weights = found.routing
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("", justify="right", style="dim")
-    table.add_column("token", no_wrap=True)
-    for layer in range(len(experts)):
-        table.add_column(f"L{layer}", justify="center", no_wrap=True)
-    for at, token in enumerate(found.tokens):
-        cells = []
-        for layer in range(len(experts)):
-            best, *others = experts[layer, at].tolist()
-            colour = expert_colour(best)
-            label = ",".join(map(str, [best, *others])) + f" {100 * weights[layer, at, 0].item():3.0f}"
-            cells.append(Text(label, style=f"{text_colour(colour)} on {colour}"))
-        written = at >= found.n_prompt
-        table.add_row(str(at), Text(token, style="bold" if written else ""), *cells)
-    return table
 
 
 @command
@@ -108,14 +85,18 @@ def info(
 ) -> None:
     """Show a model's shape, parameters, memory and tensors, without loading it. Works for published shapes too."""
     from mixtral_lab import bundled
+    from mixtral_lab.upcycled import is_upcycled, read_shape
     from mixtral_lab.weights import describe, read_config
 
     path: Path | None = Path(model).expanduser()
     if path is not None and not path.exists():
-        path = bundled.folder(model) if model in bundled.MODELS and bundled.has(model) else None
+        folder = bundled.UPCYCLED.get(model, model if model in bundled.MODELS else "")
+        path = bundled.folder(folder) if folder and bundled.has(folder) else None
     if path is None and model not in PRESETS:
         raise LabError(f"There is no file or folder {model}. Published shapes are {', '.join(PRESETS)}.")
-    config = PRESETS[model].config if path is None else read_config(path)
+    upcycled = path is not None and is_upcycled(path)
+    read = read_shape if upcycled else read_config
+    config = PRESETS[model].config if path is None else read(path)
 
     out.print(Text(model if path is None else str(path), style="bold"))
     if model in PRESETS:
@@ -126,6 +107,10 @@ def info(
         _print_what_fits(config, device, memory, bandwidth, link, length)
     if path is None:
         out.print("A shape without weights: there are no tensors to list.", style="dim")
+    elif upcycled:
+        out.print(
+            "Made in memory from its installed parent: the folder holds routers and low-rank changes.", style="dim"
+        )
     elif tensors:
         table = Table("stored as", "shape", "dtype", "MB", "our name", box=None, header_style="dim", pad_edge=False)
         for one in describe(path):
@@ -204,33 +189,147 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A message that sets the tone before the first question.")] = None,
     new: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Above temperature 0: draw from the likeliest tokens that together have so much probability."
+        ),
+    ] = 1.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a model. An empty line or Ctrl-D ends it."""
+    """Talk with a model: /help lists the commands, Ctrl-D ends. Questions can also be piped in, one a line."""
     import mixtral_lab
+    from mixtral_lab.chat import ChatError, Conversation
+    from mixtral_lab.generate import Sampling
+    from mixtral_lab.repl import Repl
+
+    sampling = Sampling(temperature, top_p)
+    with err.status("loading"):
+        lab = mixtral_lab.load(model, device=device, dtype=dtype)
+    conversation = Conversation(lab, system)
+    if conversation.cannot:
+        raise ChatError(conversation.cannot)
+    if not Repl(conversation, out, err, sampling, new).run():
+        raise typer.Exit(1)
+
+
+@app.command("app")
+@in_one_sentence
+def page(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")
+    ] = "mini-mixtral",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 8866,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a page on this machine: talk with MODEL and look into the routing of its answers. Ctrl-C ends it."""
+    from mixtral_lab.app import serve
+
+    serve(model, port, browser, device, dtype, err)
+
+
+@command
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Anything but this machine itself needs a key.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MIXTRAL_LAB_API_KEY", help="Clients must send it as their bearer key.")
+    ] = None,
+    active: Annotated[int, typer.Option(min=1, help="Requests written at the same time, in turns.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests in line behind them.")] = 64,
+    wait: Annotated[float, typer.Option(min=0.001, help="Seconds in line before a request is given up.")] = 30.0,
+    max_prompt: Annotated[int, typer.Option(min=1, help="The longest prompt, in tokens.")] = 32_768,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="The longest answer that may be asked for, in tokens.")
+    ] = 4_096,
+    max_bytes: Annotated[int, typer.Option(min=1, help="The largest request.")] = 1_000_000,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve MODEL behind Mistral's chat-completions API on this machine, until Ctrl-C."""
+    import mixtral_lab
+    from mixtral_lab.serve import Limits
+    from mixtral_lab.serve import serve as serve_model
 
     with err.status("loading"):
         lab = mixtral_lab.load(model, device=device, dtype=dtype)
-    opening = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    while True:
-        try:
-            question = out.input("[bold]> [/]").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not question:
-            break
-        messages.append({"role": "user", "content": question})
-        answer = ""
-        try:
-            for piece in lab.stream(messages, max_new_tokens=new, temperature=temperature):
-                out.print(Text(piece if answer else piece.lstrip()), end="")
-                answer += piece
-        except KeyboardInterrupt:
-            pass  # what was said stays said
-        out.print()
-        messages.append({"role": "assistant", "content": answer.strip()})
+    limits = Limits(active, waiting, wait, max_bytes, max_prompt, max_tokens)
+    serve_model(
+        lab, port, host, api_key, limits,
+        when_ready=lambda address: print(f"{lab.name} answers at {address}/v1 (Ctrl-C ends it)", flush=True),
+    )  # fmt: skip
+
+
+@command
+def finetune(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")],
+    data: Annotated[
+        Path, typer.Option(help='Conversations: a line of JSON each, {"messages": [{"role", "content"}]}.')
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="A new folder for the run: adapter, log, state.")],
+    held_out: Annotated[Path | None, typer.Option(help="Conversations to measure with; else some of --data.")] = None,
+    held_out_share: Annotated[float, typer.Option(help="Without --held-out: this share of --data.")] = 0.1,
+    attention: Annotated[bool, typer.Option(help="Adapt queries, keys, values and outputs.")] = True,
+    experts: Annotated[bool, typer.Option(help="Adapt every expert (of a dense model: its feed-forward).")] = True,
+    router: Annotated[bool, typer.Option(help="Adapt the routers.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="How many rows A has and columns B.")] = 8,
+    alpha: Annotated[int, typer.Option(min=1, help="The change is scaled by alpha / rank.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="How often every conversation is read.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations read at once.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches before each step.")] = 1,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
+    length: Annotated[int | None, typer.Option(min=2, help="The longest conversation, in tokens.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between measurements; else epochs.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Teach MODEL from conversations: train a low-rank adapter and keep the best. Ctrl-C saves; --resume goes on."""
+    import mixtral_lab
+    from mixtral_lab.lora import LoRA
+    from mixtral_lab.train import finetune as tuning
+
+    switches = {"attention": attention, "experts": experts, "router": router}
+    settings = LoRA(rank, alpha, tuple(part for part, on in switches.items() if on))
+    recipe = tuning.Recipe(epochs, batch_size, accumulate, lr, evaluate_every=evaluate_every, seed=seed)
+    tuning.check_folder(folder, resume)  # before a large model is loaded
+    base = tuning.base_name(model)
+    with err.status("loading"):
+        lab = mixtral_lab.load(model, device=device, dtype=dtype)
+    longest = min(length or lab.config.context, lab.config.context)
+    examples = tuning.read_conversations(data, lab.tokenizer, longest)
+    if held_out is not None:
+        measured = tuning.read_conversations(held_out, lab.tokenizer, longest)
+    else:
+        examples, measured = tuning.split(examples, held_out_share, seed)
+    found = tuning.finetune(lab, examples, measured, folder, settings, recipe, base, resume)
+    out.print(
+        f"Held-out loss: {found.loss_before:.3f} nats per token before, {found.best_loss:.3f} at best, after step "
+        f"{found.best_step} of {found.steps}."
+    )
+    if not found.finished:
+        out.print(f"Stopped after step {found.step} of {found.steps}: the same command with --resume goes on.")
+    out.print(Text(f"Adapter: {folder}   (mixtral-lab chat --model {folder})"))
+
+
+@command
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder that finetune, or peft, wrote.")],
+    folder: Annotated[Path, typer.Option("--out", help="A folder for the merged model.")],
+    model: Annotated[str | None, typer.Option(help="The model that it changes; else the one that it names.")] = None,
+    dtype: Annotated[str, typer.Option(help="stored (as the model's files), float32, bfloat16, ...")] = "stored",
+) -> None:
+    """Merge ADAPTER into its model, and save that as an ordinary Hugging Face folder."""
+    from mixtral_lab.train.finetune import save_merged
+
+    with err.status("merging"):
+        save_merged(adapter, folder, model, dtype)
+    out.print(Text(f"Model: {folder}"))
 
 
 @command
@@ -246,16 +345,14 @@ def study(
 ) -> None:
     """Let MODEL read a corpus and write the whole routing study: one offline page, figures, tidy tables."""
     import mixtral_lab
-    from mixtral_lab.study import Corpus, bundled_texts, check_folder, read_texts
+    from mixtral_lab.study import check_folder, given_texts
     from mixtral_lab.study import study as make_study
 
-    if (texts is None) != domains:
-        raise LabError("Give either --texts DIR, for texts of your own, or --domains, for the excerpts in the box.")
+    corpus, source = given_texts(texts, domains)
     check_folder(folder)  # before a large model is loaded
-    corpus: Corpus = bundled_texts() if texts is None else read_texts(texts)
     with err.status("loading"):
         lab = mixtral_lab.load(model, device=device, dtype=dtype)
-    found = make_study(lab, corpus, folder, "the bundled excerpts" if texts is None else str(texts))
+    found = make_study(lab, corpus, folder, source)
     for note in [*found.lacking, *found.notes]:
         out.print(Text(note, style="dim"))
     out.print(Text(f"Report: {found.report}"))
@@ -267,8 +364,12 @@ def bench(
     dtype: Annotated[str, typer.Option(help="One or several of float32, bfloat16, float16.")] = "float32,bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="How often each contender runs; medians are reported.")] = 5,
     small: Annotated[bool, typer.Option(help="Only mini-mixtral, not the 0.75 B shape.")] = False,
+    shape: Annotated[
+        str | None, typer.Option(help="A published Mixtral's shape instead, with random weights: mixtral-8x7b, ...")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Only so many of its layers.")] = None,
     only: Annotated[
-        str, typer.Option(help="One or several of these parts.")
+        str, typer.Option(help="One or several of these parts, or rounded: decoding with experts in int8 and int4.")
     ] = "prefill,decode,long,recording,load,profile",
     json: Annotated[Path | None, typer.Option(help="Also write every raw value here.")] = None,
     plot: Annotated[
@@ -283,7 +384,9 @@ def bench(
         raise LabError(
             f"--plot {plot} needs a name that ends in .html or .png, and the part long; the parts are {only}."
         )
-    shapes = benchmark.usual_shapes()[: 1 if small else None]
+    if shape is None and layers is not None:
+        raise LabError("--layers goes with --shape: name a published shape.")
+    shapes = benchmark.usual_shapes()[: 1 if small else None] if shape is None else [benchmark.published(shape, layers)]
     report = benchmark.run(shapes, dtypes=dtypes, device=device, repeats=repeats, only=parts)
     if json is not None:
         json.write_text(report.to_json() + "\n", "utf-8")

@@ -119,6 +119,9 @@ _7b = Config(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden=14336, vocab=32000, context=32768, window=4096
 )  # fmt: skip
 _8x7b = replace(_7b, n_experts=8, n_choices=2, window=None, rope_theta=1e6)
+_22b = replace(
+    _7b, dim=6144, n_layers=56, n_heads=48, hidden=16384, vocab=32768, window=None, rope_theta=1e6
+)  # fmt: skip
 _mini = Config(
     dim=256, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=32, hidden=384, vocab=4096, context=2048,
     n_experts=8, n_choices=2, tied=True,
@@ -150,17 +153,21 @@ PRESETS: dict[str, Preset] = {
     "mixtral-8x22b": Preset(
         replace(_8x7b, dim=6144, n_layers=56, n_heads=48, hidden=16384, vocab=32768, context=65536),
         "Mixtral 8x22B",
-        "config.json of mistralai/Mixtral-8x22B-Instruct-v0.1",
+        "config.json of mistralai/Mixtral-8x22B-Instruct-v0.1; the base model has 32,000 tokens",
     ),
     "mistral-nemo-12b": Preset(
         replace(_7b, dim=5120, n_layers=40, vocab=131072, context=131072, window=None, rope_theta=1e6),
         "Mistral Nemo 12B",
         "config.json of mistralai/Mistral-Nemo-Instruct-2407: heads of 128 in a stream of 5120",
     ),
+    "mistral-small-22b": Preset(_22b, "Mistral Small 22B", "config.json of mistralai/Mistral-Small-Instruct-2409"),
+    "codestral-22b": Preset(
+        _22b, "Codestral 22B", "config.json of mistralai/Codestral-22B-v0.1: the shape that Mistral Small 22B took over"
+    ),
     "mistral-small-24b": Preset(
         replace(_7b, dim=5120, n_layers=40, hidden=32768, vocab=131072, window=None, rope_theta=1e8),
         "Mistral Small 24B",
-        "config.json of mistralai/Mistral-Small-24B-Base-2501",
+        "config.json of mistralai/Mistral-Small-24B-Base-2501: Nemo's heads, wider feed-forwards",
     ),
     "mistral-large-123b": Preset(
         replace(
@@ -168,6 +175,6 @@ PRESETS: dict[str, Preset] = {
             rope_theta=1e6,
         ),
         "Mistral Large 123B",
-        "config.json of mistralai/Mistral-Large-Instruct-2407",
+        "config.json of mistralai/Mistral-Large-Instruct-2407 as corrected (it first said a context of 32768)",
     ),
 }  # fmt: skip

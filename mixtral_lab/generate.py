@@ -17,6 +17,7 @@ from mixtral_lab.model.transformer import Cache
 
 CHUNK = 2048  # a prompt is read in pieces of at most so many tokens, which bounds the memory of prefill
 LEAST = 1024  # tokens that are read at once however short the window is: smaller pieces take longer
+COLDEST = 1e-5  # below this temperature only the best token is left, and logits divided by it may not be finite
 
 
 class PromptError(LabError, ValueError):
@@ -50,7 +51,7 @@ class Sampling:
 def probabilities(logits: Float[Tensor, "batch vocab"], sampling: Sampling) -> Float[Tensor, "batch vocab"]:
     """The probability that each token is drawn with, after temperature, then `top_k`, then `top_p`."""
     logits = logits.float()
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     p = (logits / sampling.temperature).softmax(-1)
     if sampling.top_k is not None and sampling.top_k < p.shape[-1]:
@@ -60,7 +61,8 @@ def probabilities(logits: Float[Tensor, "batch vocab"], sampling: Sampling) -> F
     if sampling.top_p < 1:
         ordered, ids = p.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # what the tokens ahead of this one already hold
-        p = torch.zeros_like(p).scatter(-1, ids, ordered.masked_fill(before >= sampling.top_p, 0.0))
+        outside = (before >= sampling.top_p) & (before > 0)  # the best token stays, however small top_p is
+        p = torch.zeros_like(p).scatter(-1, ids, ordered.masked_fill(outside, 0.0))
     return p / p.sum(-1, keepdim=True)
 
 
@@ -68,7 +70,7 @@ def pick(
     logits: Float[Tensor, "batch vocab"], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Int[Tensor, " batch"]:
     """Draw one token for every row."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     p = probabilities(logits, sampling)
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
@@ -149,7 +151,10 @@ def compile_decode(model: Transformer) -> Decode:
         cache: Cache = [FixedCache(*ring, seen) for ring in zip(keys, values, strict=True)]
         return model(ids[:, None], cache, last_only=True)[:, -1]
 
-    compiled = torch.compile(step, fullgraph=True)
+    # On a GPU, CUDA graphs. A graph is tied to addresses, and a step writes into the cache in place, which PyTorch allows for
+    # what is marked as staying where it is; another cache (another text) is recorded anew. Not run on a GPU yet.
+    on_gpu = model.embed.weight.is_cuda
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
 
     @torch.no_grad()
     def compiled_decode(
@@ -163,10 +168,14 @@ def compile_decode(model: Transformer) -> Decode:
         rings = [ring.keys for ring in cache], [ring.values for ring in cache]
         for ring in (*rings[0], *rings[1]):
             torch._dynamo.maybe_mark_dynamic(ring, 2)
+            if on_gpu:
+                torch._dynamo.mark_static_address(ring, guard=False)
+        if on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
         logits = compiled(ids, torch.tensor(cache[0].seen, device=ids.device), *rings)
         for one in cache:
             one.seen += 1
-        return logits
+        return logits.clone() if on_gpu else logits  # the next replay writes where this one did
 
     return compiled_decode
 

@@ -25,6 +25,7 @@ from mixtral_lab.generate import (
     decode,
     generate_ids,
 )
+from mixtral_lab.lora import AdapterError, base_of, is_adapter, load_adapter, merge
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.linear import pack
 from mixtral_lab.model.site import watched
@@ -32,6 +33,7 @@ from mixtral_lab.offload import loads
 from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
 from mixtral_lab.trace import Trace
+from mixtral_lab.upcycled import is_upcycled, load_upcycled
 from mixtral_lab.weights import load_model, resolve_dtype
 
 if TYPE_CHECKING:
@@ -272,7 +274,7 @@ class Lab:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if not all(stops):
             raise PromptError("A stop string is empty: it would end every text at once.")
-        writers = [_Writer(TextStream(self.tokenizer, continues=True), stops) for _ in prompts]
+        writers = [Writer(TextStream(self.tokenizer, continues=True), stops) for _ in prompts]
         steps = generate_ids(
             self.model, prompts, max_new_tokens, sampling, self.tokenizer.stop_ids, decode=self._decode
         )
@@ -295,7 +297,7 @@ def _positions(asked: Sequence[int] | None, seq: int) -> Tensor | None:
     return torch.tensor(sorted({p % seq for p in asked}))
 
 
-class _Writer:
+class Writer:
     """One text as it grows: ends before the first stop string, and holds back what may be the start of one."""
 
     def __init__(self, text: TextStream, stops: list[str]) -> None:
@@ -336,21 +338,30 @@ def load(
     resident: int | None = None,
     quantize: str | None = None,
     share: tuple[int, int] | None = None,
+    adapter: str | Path | None = None,
 ) -> Lab:
-    """Open a model: a checkpoint folder, a GGUF file, or the name of a bundled model.
+    """Open a model: a checkpoint folder, a GGUF file, the name of a bundled model, or what `mixtral-lab finetune` wrote.
 
     `device` is "auto" (CUDA if there is one), "cpu", "cuda", ...; `dtype` is "auto" (float32 for small models on a
     CPU, bfloat16 on CUDA, else as stored), "float32", "bfloat16" or "float16". Where the experts do not fit:
     `experts="offload", resident=N` keeps N of each layer in memory and reads the others from the files when a token chooses
     them (`lab.expert_loads()` counts); `quantize="int8"` or "int4" keeps them rounded, in half or a quarter of bfloat16's
-    space. `share=(rank, size)` is for several processes (`run.py`).
+    space. `share=(rank, size)` is for several processes (`run.py`). `adapter` is a folder with a low-rank adapter
+    in peft's layout, which is merged into the weights; given as `path`, such a folder opens the model that it names, with itself
+    merged.
     Raises `CheckpointError` (and its kinds) if the files are not a model that this package can read.
     """
     where = Path(path).expanduser()
+    if is_adapter(where):
+        if adapter is not None:
+            raise AdapterError(f"{path} is an adapter, not a model: merge it first (mixtral-lab merge).")
+        return load(base_of(where), device, dtype, experts, resident, quantize, share, adapter=where)
     name = str(path).removeprefix("data/")
     if not where.exists():
         if name in bundled.MODELS:
             where = bundled.folder(name)
+        elif name in bundled.UPCYCLED:
+            where = bundled.folder(bundled.UPCYCLED[name])
         else:
             hint = (
                 f" {name} is a published shape without weights: see `mixtral-lab info {name}`."
@@ -358,7 +369,21 @@ def load(
                 else ""
             )
             raise CheckpointError(
-                f"There is no file or folder {path}.{hint} Bundled models are {', '.join(bundled.MODELS)}."
+                f"There is no file or folder {path}.{hint} "
+                f"Bundled models are {', '.join((*bundled.MODELS, *bundled.UPCYCLED))}."
             )
-    model = load_model(where, device, dtype, experts, resident, quantize, share)
-    return Lab(model, load_tokenizer(where), where.stem if where.is_file() else where.resolve().name)
+    name = where.stem if where.is_file() else where.resolve().name
+    if is_upcycled(where):
+        if experts != "memory" or quantize or share:
+            raise CheckpointError(
+                f"{path} is made from its parent in memory: save it as a folder first (data/README.md), and open that so."
+            )
+        model, tokenizer = load_upcycled(where, device, dtype)
+        name = next((short for short, folder in bundled.UPCYCLED.items() if folder == name), name)
+    else:
+        model = load_model(where, device, dtype, experts, resident, quantize, share)
+        tokenizer = load_tokenizer(where)
+    if adapter is not None:
+        merge(model, load_adapter(adapter, model.config))
+        name += f" + {Path(adapter).resolve().name}"
+    return Lab(model, tokenizer, name)

@@ -134,7 +134,7 @@ class Offloaded(Experts):
             shelf.stage(router.score(x).topk(router.n_choices, dim=-1).indices.flatten().tolist(), self._worker)
         chosen = routing.experts
         asked = chosen.flatten().tolist() if chosen.shape[0] * chosen.shape[1] == 1 else chosen.unique().tolist()
-        every = self.dispatch not in ("auto", "sorted", "one_by_one")
+        every = self.dispatch not in ("auto", "sorted", "grouped", "one_by_one")
         with self.shelf.lending(asked, range(len(self.ffn)) if every else ()):
             return super().forward(x, routing)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class Shared(Experts):
         raise ParallelError("A model shared by processes cannot be compiled.")
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
-        if self.dispatch not in ("auto", "sorted", "one_by_one"):
+        if self.dispatch not in ("auto", "sorted", "grouped", "one_by_one"):
             raise ParallelError('The plain definitions need all experts in one place: leave dispatch at "auto".')
         return super().forward(x, routing)
 
@@ -86,6 +86,24 @@ class Shared(Experts):
         received = rows.new_empty(sum(come), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), come, go)
         return received
+
+
+def collected(mine: bytes) -> Iterator[bytes]:
+    """What every other process has to say, one after the other, in process 0; the others send theirs and see nothing.
+
+    To be called by all processes. One message at a time is held.
+    """
+    if dist.get_rank():
+        message = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        dist.send(torch.tensor([len(message)]), dst=0)
+        dist.send(message, dst=0)
+        return
+    for rank in range(1, dist.get_world_size()):
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, src=rank)
+        message = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(message, src=rank)
+        yield message.numpy().tobytes()
 
 
 def share_experts(model: Transformer, rank: int, size: int) -> None:

@@ -1,7 +1,7 @@
 """One model on several processes or machines: `torchrun --nproc-per-node N -m mixtral_lab.run COMMAND ...`.
 
-The experts of every layer are shared among the processes (`parallel.py`). On GPUs each process takes one and talks through
-NCCL, else through gloo.
+`generate` and `trace` share the experts of every layer among the processes (`parallel.py`); for `study` each has the whole
+model and reads its share of the texts. On GPUs each process takes one and talks through NCCL, else through gloo.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 
 from mixtral_lab.config import LabError
 from mixtral_lab.lab import load
+from mixtral_lab.parallel import collected
 from mixtral_lab.terminal import in_one_sentence
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_show_locals=False)
@@ -34,7 +35,9 @@ def together() -> Iterator[tuple[int, int, str]]:
     if "RANK" not in os.environ:
         raise LabError("Start this with torchrun: torchrun --nproc-per-node 2 -m mixtral_lab.run ...")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
@@ -66,6 +69,33 @@ def trace(
         found = load(model, device, dtype, share=(rank, size)).trace(text, max_new_tokens=new, sites=sites)
         if rank == 0:
             print(found.save(save))
+
+
+@app.command()
+@in_one_sentence
+def study(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the report, its figures and tables.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="A folder with a sub-folder, .txt or .jsonl file for each domain.")
+    ] = None,
+    domains: Annotated[bool, typer.Option("--domains", help="Read the excerpts in the box instead.")] = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Make the routing study of a corpus, each process reading its share of the texts with a whole model of its own."""
+    from mixtral_lab.study import Counts, check_folder, count, given_texts, write
+
+    with together() as (rank, size, device):
+        corpus, source = given_texts(texts, domains)
+        check_folder(folder)  # before a large model is loaded
+        lab = load(model, device, dtype)
+        counts = count(lab, corpus, (rank, size))
+        for other in collected(counts.to_bytes() if rank else b""):
+            counts.merge(Counts.from_bytes(other))
+        if rank == 0:
+            found = write(lab, counts, folder, source)
+            for line in (*found.lacking, *found.notes, f"Report: {found.report}"):
+                print(line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ them out of text; apart from such texts it and we give the same ids.)
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -107,7 +108,10 @@ class Tokenizer(ABC):
         endings = [eos_id, *(i for name in ENDINGS for i, known in self._names.items() if known == name)]
         self.stop_ids = tuple(dict.fromkeys(i for i in endings if i is not None))
         self.pad_id: int = next((i for i in (pad_id, eos_id) if i is not None), 0)
-        self.leading_space = self._bytes[self._text_ids("a")[0]].startswith(b" ")
+
+    @functools.cached_property
+    def leading_space(self) -> bool:
+        return self._bytes[self._text_ids("a")[0]].startswith(b" ")
 
     @abstractmethod
     def _text_ids(self, text: str) -> list[int]:
@@ -121,14 +125,25 @@ class Tokenizer(ABC):
         turns, a user message last. Raises `TokenizerError` for any other order.
         """
 
+    def chat_training_ids(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Ids of a whole conversation, and which of them the assistant wrote: answers and end tokens.
+
+        The assistant's message comes last. Raises `TokenizerError` for another order, or without a chat format.
+        """
+        raise TokenizerError("This tokenizer has no chat format, so no conversation can be learned in it.")
+
+    def fill_in(self, before: str, after: str) -> list[int]:
+        """Ids that ask for the text between `before` and `after` ("fill in the middle").
+
+        Raises `TokenizerError` where the tokenizer has no tokens for this.
+        """
+        raise TokenizerError(
+            "This tokenizer has no fill-in-the-middle tokens ([PREFIX] and [SUFFIX]): its model only writes on at the end."
+        )
+
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text, after the model's first token if it has one and `bos` is true."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"The character at position {error.start} is half a surrogate pair, which UTF-8 cannot hold."
-            ) from None
+        _check_whole(text)
         return ([self.bos_id] if bos and self.bos_id is not None else []) + self._text_ids(text)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
@@ -154,6 +169,16 @@ class Tokenizer(ABC):
     def is_control(self, token_id: int) -> bool:
         """Whether a token is markup (`<s>`, `[INST]`) rather than text."""
         return int(token_id) in self._names
+
+
+def _check_whole(text: str) -> None:
+    """Raise `TokenizerError` for a text that has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The character at position {error.start} is half a surrogate pair, which UTF-8 cannot hold."
+        ) from None
 
 
 class TextStream:
@@ -204,6 +229,7 @@ def check_messages(messages: Messages, last: str = "user") -> tuple[str | None, 
         role, content = message.get("role"), message.get("content")
         if not isinstance(content, str):
             raise TokenizerError(f"Message {number} must be a record with a 'role' and a text as 'content'.")
+        _check_whole(content)
         if role == "system" and number == 1:
             system = content
             continue
@@ -582,6 +608,41 @@ class MistralCommonTokenizer(Tokenizer):
             ids: list[int] = self._mistral.encode_chat_completion(request).tokens
         except MistralCommonException as error:
             raise TokenizerError(f"mistral-common refuses this conversation: {error.message}.") from error
+        return ids
+
+    def chat_training_ids(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.protocol.instruct.messages import AssistantMessage
+        from mistral_common.protocol.instruct.normalize import get_normalizer
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+        from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+
+        check_messages(messages, last="assistant")
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        instruct, version = self._mistral.instruct_tokenizer, self._inner.version
+        try:
+            asked: Any = ChatCompletionRequest.model_validate({"messages": plain})
+            checked = get_validator(version, ValidationMode.finetuning).validate_request(asked)
+            request = get_normalizer(version, None).from_chat_completion_request(checked)
+            answers = [message for message in request.messages if isinstance(message, AssistantMessage)]
+            ids: list[int] = instruct.encode_instruct(request).tokens
+            lengths = [len(instruct.encode_assistant_message(answer, False)) for answer in answers]
+        except MistralCommonException as error:
+            raise TokenizerError(f"mistral-common refuses this conversation: {error.message}.") from error
+        learned = [False] * len(ids)
+        ends = [place for place, token_id in enumerate(ids) if token_id == self.eos_id]  # no text can hold one
+        for end, length in zip(ends, lengths, strict=True):
+            learned[end + 1 - length : end + 1] = [True] * length
+        return ids, learned
+
+    def fill_in(self, before: str, after: str) -> list[int]:
+        from mistral_common.tokens.tokenizers.base import FIMRequest
+
+        unknown = self._inner.unk_id  # what v2 has in their place; v1 has nothing
+        if getattr(self._mistral.instruct_tokenizer, "SUFFIX", unknown) == unknown:
+            return super().fill_in(before, after)
+        _check_whole(before + after)
+        ids: list[int] = self._mistral.encode_fim(FIMRequest(prompt=before, suffix=after)).tokens
         return ids
 
 

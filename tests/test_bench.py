@@ -33,7 +33,7 @@ from mixtral_lab.bench import (
 )
 from mixtral_lab.bench.report import CACHE, COMPILED, DECODE, PEAK, PREFILL, RECORDING, Measurement
 from mixtral_lab.bench.sections import RECORDED, Sections
-from mixtral_lab.config import Config
+from mixtral_lab.config import PRESETS, Config
 from mixtral_lab.machine import Rooflines
 
 TINY = Shape(
@@ -79,7 +79,7 @@ def timing_of(shape: Shape, folder: Path, repeats: int = 1) -> Sections:
 def test_every_quantity_is_there(report):
     assert report.subjects() == [
         *(("tiny", "float32", what, at) for what, at in (
-            (PREFILL, 12), (PREFILL, 20), (DECODE, 12), (COMPILED, 12), (RECORDING, 12), (f"{PEAK}, {RECORDING}", 12),
+            (PREFILL, 12), (PREFILL, 20), (DECODE, 12), (COMPILED, 12), (f"{DECODE}, int8", 12), (RECORDING, 12), (f"{PEAK}, {RECORDING}", 12),
             ("load", 0), ("load to first logits", 0), ("private memory", 0), ("peak memory", 0),
         )),
         *((WINDOWED.name, "float32", what, at) for what, at in (
@@ -318,7 +318,7 @@ def test_both_sides_compile():
     """In a process without the checks of shapes that the tests put everywhere: `torch.compile` cannot see through them."""
     script = """
 from mixtral_lab import bench
-from mixtral_lab.config import Config
+from mixtral_lab.config import PRESETS, Config
 from mixtral_lab.machine import Rooflines
 config = Config(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, hidden=24, vocab=61, context=128,
                 n_experts=4, n_choices=2)
@@ -380,3 +380,48 @@ def test_the_command_draws_what_length_costs(monkeypatch, tmp_path, report):
     result = CliRunner().invoke(cli.app, ["bench", "--dtype", "float32", "--plot", str(path)])
     assert result.exit_code == 0, result.output
     assert "What length costs" in path.read_text("utf-8")
+
+
+def test_rounded_experts_are_timed_against_the_bytes_that_they_take(report):
+    found = rows(report, TINY, f"{DECODE}, int8", 12)
+    read = TINY.config.active_parameters - 60 * 16  # one row of the embedding
+    experts = 2 * 2 * 3 * 16 * 24
+    assert TINY.read_per_token == read and TINY.read_of_experts == experts
+    assert set(found) == {OURS, f"{ROOFLINE}: reading {(4 * (read - experts) + experts) / 1e6:,.0f} MB"}
+    assert "left out: decode, int4: " in " ".join(report.notes)  # 24 columns are not cut into groups of 32
+
+
+def test_published_shapes(tmp_path):
+    shape = bench.published("mixtral-8x7b", 4)
+    assert shape.name == "mixtral-8x7b, 4 layers"
+    assert (shape.config.dim, shape.config.hidden, shape.config.n_layers, shape.config.vocab) == (4096, 14336, 4, 32000)
+    assert bench.published("mixtral-8x7b").config == PRESETS["mixtral-8x7b"].config
+    for name, layers, says in (
+        (
+            "mistral-7b-v0.1",
+            None,
+            "no mixture of experts 'mistral-7b-v0.1' to take the shape of: there are mini-mixtral, mixtral",
+        ),
+        ("mixtral-8x7b", 33, "has 32 layers: 33 of them"),
+        ("mixtral-8x7b", 0, "has 32 layers: 0 of them"),
+    ):
+        with pytest.raises(BenchError, match=says):
+            bench.published(name, layers)
+
+
+def test_the_command_times_a_published_shape(here, monkeypatch, tmp_path):
+    preset = PRESETS["mixtral-8x7b"]
+    small = replace(
+        preset, config=replace(preset.config, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, hidden=64, vocab=61)
+    )
+    monkeypatch.setitem(PRESETS, "mixtral-8x7b", small)
+    path = tmp_path / "report.json"
+    words = ["--shape", "mixtral-8x7b", "--layers", "2", "--only", "rounded", "--dtype", "bfloat16", "--repeats", "1"]
+    result = CliRunner().invoke(cli.app, ["bench", *words, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    found = Report.from_json(path.read_text())
+    assert {(one.shape, one.dtype, one.what) for one in found.measurements} == {
+        ("mixtral-8x7b, 2 layers", "bfloat16", "decode, int8"), ("mixtral-8x7b, 2 layers", "bfloat16", "decode, int4")
+    }  # fmt: skip
+    wrong = CliRunner().invoke(cli.app, ["bench", "--layers", "2"])
+    assert wrong.exit_code == 1 and "--layers goes with --shape" in wrong.output

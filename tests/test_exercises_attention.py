@@ -27,6 +27,19 @@ def rotated(way=1, neighbours=False, angle=lambda position, theta, i, size: posi
     return rotate
 
 
+def in_place(head, position, theta):
+    for i in range(half := len(head) // 2):
+        cos, sin = (f(position * theta ** (-2 * i / len(head))) for f in (math.cos, math.sin))
+        head[i] = head[i] * cos - head[i + half] * sin
+        head[i + half] = head[i] * sin + head[i + half] * cos
+    return head
+
+
+def pairs_together(head, position, theta):
+    out, half = rotated()(head, position, theta), len(head) // 2
+    return [x for i in range(half) for x in (out[i], out[i + half])]
+
+
 @pytest.mark.parametrize(
     ("answer", "solved", "says"),
     [
@@ -48,6 +61,9 @@ def rotated(way=1, neighbours=False, angle=lambda position, theta, i, size: posi
         ),  # a head of 2 has pair 0 alone
         (rotated(angle=lambda p, t, i, n: 3 * 1000 ** (-2 * i / n)), False, "written into it"),
         (lambda head, position, theta: [*rotated()(head, position, theta)[:3], 0, 0, 0], False, "[0, 1, 2] are right"),
+        (rotated(angle=lambda p, t, i, n: p * t ** (-2 * i / (n // 2))), False, "not half of it"),
+        (in_place, False, "before you used it"),
+        (pairs_together, False, "places i and i + half"),
         (lambda head, position, theta: head[:3], False, "you return 3"),
         (lambda head, position, theta: "head", False, "stopped with"),
         (lambda head: head, False, "TypeError"),
@@ -71,8 +87,8 @@ def wrong_order(query, key):
 @pytest.mark.parametrize(
     ("answer", "solved", "says"),
     [
-        (scores, True, "never copied"),
-        (lambda q, k: q @ k.unsqueeze(1).transpose(-1, -2) / q.shape[-1] ** 0.5, True, "never copied"),
+        (scores, True, "keys of its group"),
+        (lambda q, k: q @ k.unsqueeze(1).transpose(-1, -2) / q.shape[-1] ** 0.5, True, "keys of its group"),
         (lambda q, k: None, None, "still returns None"),
         (lambda q, k: scores(q, k) * q.shape[-1] ** 0.5, False, "grow with the size"),
         (lambda q, k: scores(q, k) / q.shape[-1] ** 0.5, False, "divided by head_dim"),
@@ -84,6 +100,8 @@ def wrong_order(query, key):
         (lambda q, k: scores(q, k).sum(1), False, "summed over the heads"),
         (lambda q, k: scores(q, k).flatten(0, 1), False, "in one row"),
         (lambda q, k: q, False, "The shape is (2, 3, 4, 6)"),
+        (lambda q, k: scores(q, k) * q.shape[-1] ** 0.5 / 32**0.5, False, "which is 6 here"),
+        (lambda q, k: scores(q, k).tril(), False, "no mask here"),
         (lambda q, k: scores(q, k) + 1, False, "numbers are not"),
         (lambda q, k: scores(q, k).tolist(), False, "not a list"),
         (lambda q, k: q @ k, False, "RuntimeError"),

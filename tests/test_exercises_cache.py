@@ -59,6 +59,13 @@ CASES = [
     (check_ring_after, lambda seen, slots: ring_after(seen + 1, slots), False, "not fed yet"),
     (check_ring_after, lambda seen, slots: [p for p in ring_after(seen, slots) if p is not None], False, "are empty"),
     (check_ring_after, lambda seen, slots: list(range(seen)), False, "one for each of 4 slots"),
+    (check_ring_after, lambda seen, slots: [-1 if p is None else p for p in ring_after(seen, slots)], False, "not -1"),
+    (
+        check_ring_after,
+        lambda seen, slots: ["-" if p is None else p for p in ring_after(seen, slots)],
+        False,
+        "None for an",
+    ),
     (check_ring_after, lambda seen, slots: [9] * slots, False, "the slots hold"),
     (check_ring_after, lambda seen, slots: 3, False, "Return a list"),
     (check_ring_after, lambda seen, slots: 1 / 0, False, "ZeroDivisionError"),

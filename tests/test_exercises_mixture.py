@@ -58,6 +58,27 @@ def exchanged(x, chosen, weights, experts):
     return mixture(x, chosen, weights.flip(1), experts)
 
 
+def calling_all(x, chosen, weights, experts):
+    experts[3](x[:0])
+    return mixture(x, chosen, weights, experts)
+
+
+def assigning(x, chosen, weights, experts):
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        token, choice = (chosen == i).nonzero(as_tuple=True)
+        y[token] = weights[token, choice, None] * expert(x[token])
+    return y
+
+
+def weighing_the_question(x, chosen, weights, experts):
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        token, choice = (chosen == i).nonzero(as_tuple=True)
+        y[token] += expert(weights[token, choice, None] * x[token])
+    return y
+
+
 def one_row_too_many(x, chosen, weights, experts):
     experts[3](x[:1])
     return mixture(x, chosen, weights, experts)
@@ -66,6 +87,10 @@ def one_row_too_many(x, chosen, weights, experts):
 def numbers(config):
     one = 3 * config.dim * config.hidden * config.n_layers
     return config.n_experts * one, config.n_choices * one
+
+
+def with_router(config):
+    return [n + config.n_layers * config.n_experts * config.dim for n in numbers(config)]
 
 
 def one_of(config):
@@ -84,11 +109,15 @@ CASES = [
     (check_swiglu, lambda x, g, u, d: d @ F.silu(u @ x), False, "`gate` is missing"),
     (check_swiglu, lambda x, g, u, d: d @ F.silu((g @ x) * (u @ x)), False, "silu of the product"),
     (check_swiglu, lambda x, g, u, d: F.silu(g @ x) * (u @ x), False, "shape (4,), but has (6,)"),
-    (check_swiglu, lambda x, g, u, d: x @ g, False, "RuntimeError"),
+    (check_swiglu, lambda x, g, u, d: x @ g, False, "so `gate @ x`"),
     (check_swiglu, lambda x, g, u, d: torch.zeros(4), False, "off by"),
     (check_swiglu, lambda x, g, u, d: "out", False, "stopped with"),
     (check_mixture, mixture, True, "Each expert once"),
-    (check_mixture, token_by_token, True, "Each expert once"),
+    (check_mixture, token_by_token, True, "called the experts 10 times"),
+    (check_mixture, calling_all, False, "nobody chose expert 3"),
+    (check_mixture, assigning, False, "add it (+=)"),
+    (check_mixture, lambda x, c, w, e: mixture(x, c, w[:, :1].expand_as(w), e), False, "weight of the first choice"),
+    (check_mixture, weighing_the_question, False, "not the question"),
     (check_mixture, lambda x, c, w, e: None, None, "still returns None"),
     (check_mixture, every_expert, False, "every expert read every row"),
     (check_mixture, one_row_too_many, False, "[3, 3, 4, 1] rows"),
@@ -105,6 +134,7 @@ CASES = [
     (check_feed_forward_numbers, lambda c: [n // c.n_layers for n in numbers(c)], False, "one layer"),
     (check_feed_forward_numbers, lambda c: [n // 3 for n in numbers(c)], False, "one matrix"),
     (check_feed_forward_numbers, lambda c: [n * 2 // 3 for n in numbers(c)], False, "two matrices"),
+    (check_feed_forward_numbers, with_router, False, "router too"),
     (check_feed_forward_numbers, lambda c: (c.parameters, c.active_parameters), False, "whole model"),
     (check_feed_forward_numbers, lambda c: (numbers(c)[0], one_of(c)), False, "not one"),
     (check_feed_forward_numbers, lambda c: (numbers(c)[0], numbers(c)[0]), False, "only 2 of 8"),

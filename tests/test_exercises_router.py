@@ -51,6 +51,8 @@ def always_two(logits, k):
         (softmax_of_all, False, "All four experts"),
         (the_worst, False, "smallest"),
         (always_two, False, "k = 2 written"),
+        (lambda logits, k: dict(zip(torch.tensor([1, 3]), (0.7, 0.3), strict=True)), False, "tensor has .tolist()"),
+        (lambda logits, k: {1: 2.0, 3: 1.0}, False, "logits of the winners"),
         (lambda logits, k: [0.7, 0.3], False, "dictionary"),
         (lambda logits, k: {0: 0.5, 1: 0.5}, False, "counted from 0"),
         (lambda logits, k: {1: 0.5, 3: 0.5}, False, "weights are not"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import pytest
 import torch
 
 from mixtral_lab import bundled
 from mixtral_lab.exercises import check_apply_merges, check_bytes_per_token, check_chat_by_hand
 from mixtral_lab.exercises.tokens import apply_merges
-from mixtral_lab.tokenizer import BPETokenizer
+from mixtral_lab.tokenizer import BPETokenizer, load_tokenizer
 
 OURS = BPETokenizer.load(bundled.folder("mini-mixtral"))
 
@@ -123,10 +125,19 @@ def by_hand(begin=(1,), question=" {} ", answer=" {}", end=(2,), opens=(4,), clo
     return write
 
 
+def spaces_by_themselves(messages):
+    space, ids = OURS.encode(" ", bos=False), [1]
+    for message in messages:
+        said = OURS.encode(message["content"], bos=False)
+        ids += [4, *space, *said, *space, 5] if message["role"] == "user" else [*space, *said, 2]
+    return ids
+
+
 @pytest.mark.parametrize(
     ("answer", "solved", "says"),
     [
         (by_hand(), True, "27 ids"),
+        (spaces_by_themselves, False, "in one piece"),
         (lambda messages: tuple(by_hand()(messages)), True, "27 ids"),
         (lambda messages: None, None, "still returns None"),
         (by_hand(question="[INST] {} [/INST]", opens=(), closes=()), False, "typed as text"),
@@ -154,3 +165,11 @@ def test_chat_by_hand(answer, solved, says):
     verdict = check_chat_by_hand(answer, OURS)
     assert verdict.solved is solved, verdict
     assert says in repr(verdict)
+
+
+def test_another_chat_format_is_judged_without_our_control_tokens():
+    """Mistral's first tokenizer writes [INST] as three tokens."""
+    theirs = load_tokenizer(str(files("mistral_common") / "data" / "tokenizer.model.v1"))
+    assert check_chat_by_hand(theirs.chat, theirs).solved is True
+    wrong = check_chat_by_hand(lambda messages: theirs.chat(messages)[1:], theirs)
+    assert wrong.solved is False and "Not what tokenizer.chat gives" in wrong.message

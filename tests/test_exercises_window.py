@@ -46,6 +46,7 @@ CASES = [
     (check_layers_needed, lambda d, w: None, None, "still returns None"),
     (check_layers_needed, lambda d, w: -(-d // w), False, "sees 2 others"),
     (check_layers_needed, lambda d, w: d // (w - 1), False, "round up, not down"),
+    (check_layers_needed, lambda d, w: round(d / (w - 1)), False, "round up, not down"),
     (check_layers_needed, lambda d, w: d / (w - 1), False, "no parts of layers"),
     (check_layers_needed, lambda d, w: d // (w - 1) + 1, False, "add nothing"),
     (check_layers_needed, lambda d, w: 40, False, "it takes 2 layers"),

@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_whole_model_bit_for_bit(whole, resident):
     assert lab.generate(PROMPT, max_new_tokens=30) == whole.generate(PROMPT, max_new_tokens=30)
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "every", "sorted", "one_by_one", "dense"])
+@pytest.mark.parametrize("dispatch", ["auto", "every", "sorted", "grouped", "one_by_one", "dense"])
 def test_every_dispatch_path_agrees(whole, dispatch):
     lab = away(2, dispatch)
     trace, expected = (one.trace(PROMPT, max_new_tokens=8, sites=["logits"]) for one in (lab, whole))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,39 @@ def test_the_command_writes_the_text_and_the_trace_of_one_process(tmp_path):
     done = torchrun(2, "-m", "mixtral_lab.run", "trace", "mini-mixtral", PROMPT, "--new", "8", "--save", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.equal(mixtral_lab.Trace.load(file).experts, lab.trace(PROMPT, max_new_tokens=8).experts)
+
+
+def test_a_study_by_several_processes_is_the_study_of_one(tmp_path, monkeypatch):
+    """Four texts, shared by two and by three; the report and every table are the same, byte by byte."""
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")  # no PNG files: they take long
+    texts, folders = tmp_path / "texts", {size: tmp_path / str(size) for size in (1, 2, 3)}
+    for at, domain in enumerate(("code", "code", "prose", "prose")):
+        (texts / domain).mkdir(parents=True, exist_ok=True)
+        (texts / domain / f"{at}.txt").write_text(f"{PROMPT} {domain} number {at}, and so it went on.\n" * (at + 1))
+    for size, folder in folders.items():
+        words = ("-m", "mixtral_lab.run", "study", "mini-mixtral", "--texts", str(texts), "--out", str(folder))
+        done = torchrun(size, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Report: ") == 1 and str(folder / "report.html") in done.stdout
+    for size in (2, 3):
+        assert_same_study(folders[1], folders[size])
+
+
+def assert_same_study(mine: Path, theirs: Path) -> None:
+    assert (mine / "study.json").read_text() == (theirs / "study.json").read_text()
+    assert (mine / "report.html").read_text() == (theirs / "report.html").read_text()
+    tables = sorted(path.name for path in (mine / "tables").iterdir())
+    assert tables == sorted(path.name for path in (theirs / "tables").iterdir()) and len(tables) > 20
+    for name in tables:
+        assert (mine / "tables" / name).read_bytes() == (theirs / "tables" / name).read_bytes(), name
+
+
+def test_a_study_refuses_a_folder_with_something_else_in_it(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    done = torchrun(2, "-m", "mixtral_lab.run", "study", "mini-mixtral", "--domains", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "not a study; it was left alone" in " ".join(done.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
 def test_without_torchrun_one_sentence_says_so(tmp_path):

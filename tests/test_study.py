@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import io
 import json
 import re
 import shutil
 import weakref
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from mixtral_lab.analysis import offload
 from mixtral_lab.cli import app
 from mixtral_lab.config import LabError
 from mixtral_lab.model import Transformer
-from mixtral_lab.study import Study, StudyError, Text
+from mixtral_lab.study import Counts, Study, StudyError, Text
 
 DOMAINS = ("code", "french", "german", "prose")
 
@@ -220,14 +222,15 @@ def test_places_of_a_token_are_places_of_the_corpus(counts, pieces):
             )
             for slot in range(min(len(places), study.counting.PLACES))
         ]
-        assert kept == places if len(places) <= study.counting.PLACES else set(kept) <= set(places)
+        few = len(places) <= study.counting.PLACES
+        assert sorted(kept) == sorted(places) if few else not Counter(kept) - Counter(places)
 
 
 def test_every_place_is_as_likely_to_be_kept():
     n, tokens = 40, 500  # of every token so many places, one a piece; which of them stay is known by their domain
-    found = study.counting.Places(tokens, 1, 2, 1)
+    found, random = study.counting.Places(tokens, 1, 2, 1), np.random.default_rng(0)
     for place in range(n):
-        found.add(place, np.arange(tokens), np.zeros((1, tokens, 1), int))
+        found.add(place, np.arange(tokens), np.zeros((1, tokens, 1), int), random.random(tokens))
     times = np.bincount(found.domains.ravel(), minlength=n)
     expected = tokens * study.counting.PLACES / n
     assert times.sum() == tokens * study.counting.PLACES
@@ -261,7 +264,67 @@ def test_units_and_topics_are_bounded(lab, monkeypatch):
     assert (sum(found.assigned[0]) == found.by_domain[0]).all()
     pairs = [sum(one[2, 0] for one in units) for units in found.repeated]
     assert pairs == [tokens - n for tokens, n in zip(found.tokens, found.pieces, strict=True)]
-    assert set(found.parallel) == {("topic 0", "en"), ("topic 1", "en")}
+    by_draw = sorted((f"topic {n}" for n in range(7)), key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert set(found.parallel) == {(name, "en") for name in by_draw[:2]}
+
+
+def assert_same(found: Counts, expected: Counts) -> None:
+    """Everything that is counted, to the last bit."""
+    assert found._about == expected._about
+    for name in study.counting.ARRAYS:
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    for name in study.counting.LISTS:
+        assert getattr(found, name) == getattr(expected, name), name
+    for name, values in vars(expected.places).items():
+        assert np.array_equal(getattr(found.places, name), values), name
+    for domain in range(len(expected.domains)):
+        for name in ("assigned", "repeated"):
+            assert np.array_equal(getattr(found, name)[domain], getattr(expected, name)[domain]), name
+    assert found.parallel.keys() == expected.parallel.keys()
+    assert all(np.array_equal(found.parallel[place], values) for place, values in expected.parallel.items())
+    assert {name: one.ids.tolist() for name, one in found.examples.items()} == {
+        name: one.ids.tolist() for name, one in expected.examples.items()
+    }
+    assert (found.caches is None) == (expected.caches is None)
+    if expected.caches is not None:
+        pd.testing.assert_frame_equal(found.caches, expected.caches)
+
+
+def test_shares_put_together_are_the_whole(lab, monkeypatch):
+    """Bounds are small here, so that all of them are reached; of 11 processes two have nothing to read."""
+    for name, small in {"UNITS": 3, "TOPICS": 2, "OFFLOADED": 30}.items():
+        monkeypatch.setattr(study.counting, name, small)
+    monkeypatch.setattr(study.corpus, "PIECE", 12)
+    words = "Once upon a time there was a small house by the sea and nobody knew who had built it"
+    texts = [Text(words[7 * n :], topic=f"topic {n % 3}", language="ab"[n % 2]) for n in range(5)]
+    corpus = {"a": [*texts, Text("")], "b": [Text(""), "One plain string."], "c": [words[::-1]]}
+    whole = study.count(lab, corpus)
+    for size in (2, 3, 11):
+        shares = [study.count(lab, corpus, (rank, size)) for rank in range(size)]
+        assert [sum(one.texts) for one in shares] == [len(range(rank, 9, size)) for rank in range(size)]
+        first, *others = [Counts.from_bytes(one.to_bytes()) for one in shares]
+        first.examples = shares[0].examples
+        for one in reversed(others) if size == 3 else others:
+            first.merge(one)
+        assert_same(first, whole)
+    assert len(whole.units[0]) == 3 and len({topic for topic, _ in whole.parallel}) == 2
+    assert whole.cached == [10, whole.tokens[1], 10] and whole.tokens[1] < 10 < min(whole.tokens[0], whole.tokens[2])
+    assert (whole.places.seen > study.counting.PLACES).any()
+
+
+def test_counts_of_something_else_are_not_added(lab, counts):
+    other = study.count(lab, {"code": ["def f(x): return x"]})
+    with pytest.raises(StudyError, match="differ in domains: they are not of one model and one corpus"):
+        other.merge(counts)
+
+
+def test_a_fingerprint_tells_corpora_apart(lab, monkeypatch):
+    monkeypatch.setattr(study.counting, "OFFLOADED", 0)
+    found = [study.count(lab, {"a": texts}).digests for texts in (["One.", "Two."], ["Two.", "One."], ["One.Two."])]
+    ids = [np.array(lab.tokenizer.encode(text), "<i4").tobytes() for text in ("One.", "Two.")]
+    each = [hashlib.sha256(n.to_bytes(8, "little") + text).digest() for n, text in enumerate(ids)]
+    assert found[0] == [sum(int.from_bytes(one, "big") for one in each) % 2**256]
+    assert len({one for (one,) in found}) == 3
 
 
 def test_no_trace_outlives_its_text(lab, corpus, monkeypatch):

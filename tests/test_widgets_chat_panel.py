@@ -12,6 +12,7 @@ import torch
 import traitlets
 
 import mixtral_lab
+from mixtral_lab.chat import ChatError
 from mixtral_lab.config import LabError
 from mixtral_lab.lab import Lab
 from mixtral_lab.model import Transformer
@@ -158,7 +159,7 @@ def test_a_question_that_was_stopped_before_any_word_is_not_read_again(lab, monk
     panel.stop()
     assert panel.messages == [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": ""}]
     assert "empty answer" in panel.turns[-1]["line"]
-    with pytest.raises(WidgetError, match="nothing was recorded"):
+    with pytest.raises(ChatError, match="nothing was recorded"):
         panel.trace()
     monkeypatch.undo()
     panel.send_message(STORY["content"])
@@ -225,7 +226,7 @@ def test_wrong_messages_are_refused_and_change_nothing(lab, messages, said):
     panel = ChatPanel(lab, system="Be brief.", max_new_tokens=2)
     panel.send_message("Hello!")
     before = panel.messages, panel.turns
-    with pytest.raises((WidgetError, TokenizerError), match=said):
+    with pytest.raises((ChatError, TokenizerError), match=said):
         panel.messages = messages
     assert (panel.messages, panel.turns) == before
 
@@ -239,7 +240,7 @@ def test_blank_messages_are_not_sent_and_wrong_ones_are_refused(lab, monkeypatch
         panel.send_message("\ud800")
     by_hand(panel, monkeypatch)
     panel.send_message("Hello!")
-    with pytest.raises(WidgetError, match="still being written"):
+    with pytest.raises(ChatError, match="still being written"):
         panel.send_message("Hello?")
     panel._hear(panel, {"do": "send", "text": "Hello?"}, [])
     assert "still being written" in panel.notice
@@ -290,7 +291,7 @@ def test_markup_that_the_model_writes_is_in_the_trace_but_not_in_the_text(lab, m
             ids = torch.tensor([[token]])
             yield [token]
 
-    monkeypatch.setattr("mixtral_lab.widgets.chat_panel.generate_ids", scripted)
+    monkeypatch.setattr("mixtral_lab.chat.generate_ids", scripted)
     panel = ChatPanel(lab)
     panel.send_message("Hello!")
     texts = panel.turns[-1]["texts"]
@@ -340,12 +341,12 @@ def test_the_layer_can_be_chosen(lab):
 
 def test_answers_are_numbered(lab):
     panel = ChatPanel(lab, max_new_tokens=2)
-    with pytest.raises(WidgetError, match="nothing has been answered yet"):
+    with pytest.raises(ChatError, match="nothing has been answered yet"):
         panel.trace()
     panel.send_message("Hello!")
     assert panel.trace(0) is panel.trace(-1)
     for wrong in (1, -2):
-        with pytest.raises(WidgetError, match="the answers are 0 to 0"):
+        with pytest.raises(ChatError, match="the answers are 0 to 0"):
             panel.trace(wrong)
 
 
@@ -379,7 +380,7 @@ def test_the_end_of_the_context_is_said_and_nothing_is_lost(lab):
     assert "cut at the model's limit of 40 tokens" in panel.turns[-1]["line"]
     assert len(panel.trace()) == 40 and "may be cut short" in panel.room
     before = panel.messages
-    with pytest.raises(WidgetError, match="reads at most 40"):
+    with pytest.raises(ChatError, match="reads at most 40"):
         panel.send_message(LONG)
     panel._hear(panel, {"do": "send", "text": LONG}, [])
     assert "reads at most 40" in panel.notice and panel.messages == before and not panel.busy
@@ -389,7 +390,7 @@ def test_a_model_without_a_chat_format_says_so(lab):
     plain = BPETokenizer(lab.tokenizer._backend, chat_template=None)
     panel = ChatPanel(Lab(lab.model, plain, "base"))
     assert "base cannot hold a conversation" in panel.notice and "no chat template" in panel.notice
-    with pytest.raises(WidgetError, match="cannot hold a conversation"):
+    with pytest.raises(ChatError, match="cannot hold a conversation"):
         panel.send_message("Hello!")
     assert panel.messages == [] and not panel.busy
     assert "Nothing has been said" in panel.fallback()
@@ -412,7 +413,7 @@ def test_an_error_of_the_machine_ends_the_answer_in_words(lab, monkeypatch):
         yield [lab.tokenizer.encode(" a", bos=False)[0]]
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr("mixtral_lab.widgets.chat_panel.generate_ids", breaks)
+    monkeypatch.setattr("mixtral_lab.chat.generate_ids", breaks)
     panel = ChatPanel(lab)
     panel.send_message("Hello!")
     assert "could not go on: CUDA out of memory" in panel.notice and not panel.busy
@@ -424,8 +425,8 @@ def test_long_conversations_stay_small_and_keep_the_newest(dense, lab, monkeypat
     text = "A cat sat on the mat. " * 80
     monkeypatch.setattr("mixtral_lab.widgets.chat_panel.MOST_COLOURS", 20_000)
     panel.messages = [STORY, {"role": "assistant", "content": text}] * 2
-    long = panel._turns[1]
-    panel._turns = panel._turns[:2] * 400
+    long = panel.conversation.turns[1]
+    panel.conversation.turns = panel.conversation.turns[:2] * 400
     panel._show()
     coloured = [turn["coloured"] for turn in panel.turns if turn["role"] == "assistant"]
     assert coloured[-1] == len(long.first) and coloured[0] == 0
@@ -476,11 +477,11 @@ def test_the_routing_of_an_answer_opens_in_router_explorer(lab):
     assert (explorer.selected_token, explorer.selected_layer) == (panel.trace(0).n_prompt, panel.selected_layer)
     assert panel.explorer == "", "from Python it is the caller's to show"
     panel._hear(panel, {"do": "explore", "answer": 1}, [])
-    assert panel.explorer == panel._open.model_id
+    assert panel.explorer == panel.opened.model_id
     panel._hear(panel, {"do": "explore", "answer": 7}, [])
     assert "no answer 7" in panel.notice
     panel.clear()
-    assert panel.explorer == "" and panel._open is None
+    assert panel.explorer == "" and panel.opened is None
 
 
 def test_unknown_words_from_the_script_do_nothing(lab):

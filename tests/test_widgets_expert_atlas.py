@@ -47,7 +47,7 @@ def counted(layers=2, experts=4, choices=2, domains=("a",), vocab=50, texts=1, s
             if layers > 1:
                 found.moved += analysis.transition_counts(chosen, experts)
             np.add.at(found.vocabulary, (np.arange(layers)[:, None, None], ids[None, :, None], chosen), 1)
-            found.places.add(domain, ids, chosen)
+            found.places.add(domain, ids, chosen, random.random(seq))
     return found
 
 

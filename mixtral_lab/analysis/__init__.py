@@ -17,6 +17,7 @@ from mixtral_lab.analysis.company import (
     transition_counts,
     transitions,
 )
+from mixtral_lab.analysis.moved import moved, moved_share
 from mixtral_lab.analysis.neighbours import Repetition, random_repetition, repetition, repetition_counts
 from mixtral_lab.analysis.routing import (
     AnalysisError,
@@ -65,6 +66,8 @@ __all__ = [
     "language_or_topic",
     "mean_divergence",
     "mean_shares",
+    "moved",
+    "moved_share",
     "near_tie_margin",
     "near_ties",
     "parallel_passages",

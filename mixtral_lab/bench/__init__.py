@@ -23,7 +23,7 @@ from mixtral_lab.bench.report import (
 )
 from mixtral_lab.bench.sections import SECTIONS, Lengths
 from mixtral_lab.bench.session import run
-from mixtral_lab.bench.shapes import RANDOM_075B, Shape, usual_shapes, windowed
+from mixtral_lab.bench.shapes import RANDOM_075B, Shape, published, usual_shapes, windowed
 from mixtral_lab.bench.tables import table
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Report",
     "Shape",
     "profile",
+    "published",
     "run",
     "table",
     "usual_shapes",

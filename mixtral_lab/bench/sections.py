@@ -43,12 +43,15 @@ from mixtral_lab.bench.sides import (
     Work,
 )
 from mixtral_lab.bench.timing import ATTENTION, CHECKED, CHECKED_DECODE, Roof, Timing
+from mixtral_lab.machine import EXPERTS as EXPERTS_IN
 from mixtral_lab.machine import synchronize
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.quantized import KINDS
+from mixtral_lab.offload import OffloadError
 from mixtral_lab.sites import kept_for, recording, resolve
-from mixtral_lab.weights import free_memory
+from mixtral_lab.weights import free_memory, load_model
 
-SECTIONS = ("prefill", "decode", "long", "recording", "load", "profile")
+SECTIONS = ("prefill", "decode", "rounded", "long", "recording", "load", "profile")
 FEW = 3  # repeats, at most, of what takes long
 RECORDED = {  # what is kept while a text is read; scores and patterns are computed from queries and keys when asked for
     "routing": ("layers.*.router.*",),
@@ -114,6 +117,21 @@ class Sections(Timing):
         except TorchDynamoException as error:  # no C++ compiler, for one
             self.note(f"left out: {COMPILED}: {str(error).splitlines()[0]}")
         torch.compiler.reset()
+
+    def rounded(self) -> None:
+        """Writing with experts of 8 and 4 bits: ours alone, as transformers needs other packages for it."""
+        seq, n = self.lengths.prompts[0], self.lengths.written
+        for kind in KINDS:
+            self.say(f"rounding to {kind}")
+            try:
+                model = load_model(self.folder, self.device, self.dtype, quantize=kind)
+            except OffloadError as error:
+                self.note(f"left out: {DECODE}, {kind}: {error}")
+                continue
+            self.race(
+                f"{DECODE}, {kind}", seq, [Ours(model)], _write_on, per=n, roof=self._memory_roof(EXPERTS_IN[kind])
+            )
+            del model
 
     def long(self) -> None:
         """A text far beyond the window: reading it, decoding after it, and the memory of both."""
@@ -204,8 +222,11 @@ class Sections(Timing):
         for (at, name), values in sorted(seconds.items()):
             self.keep(DECODE, at, name, "s", values)
 
-    def _memory_roof(self) -> Roof:
-        size = self.shape.read_per_token * self.dtype.itemsize
+    def _memory_roof(self, bytes_of_experts: float | None = None) -> Roof:
+        """Reading what a token needs; numbers of experts take so many bytes, if they are not kept like the rest."""
+        experts = self.shape.read_of_experts
+        each = self.dtype.itemsize if bytes_of_experts is None else bytes_of_experts
+        size = (self.shape.read_per_token - experts) * self.dtype.itemsize + experts * each
         return f"reading {size / 1e6:,.0f} MB", lambda: size / self.rooflines.bandwidth()
 
     def _product_roof(self, seq: int) -> Roof:

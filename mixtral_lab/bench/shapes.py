@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mixtral_lab import bundled
+from mixtral_lab.bench.report import BenchError
 from mixtral_lab.config import PRESETS, Config, LabError
 from mixtral_lab.model import Transformer
 from mixtral_lab.weights import load_model, save_model
@@ -33,6 +34,11 @@ class Shape:
         config = self.config
         return config.active_parameters - (0 if config.tied else (config.vocab - 1) * config.dim)
 
+    @property
+    def read_of_experts(self) -> int:
+        """Of these, the numbers of experts."""
+        return self.config.n_layers * (self.config.n_choices or 1) * self.config.expert_parameters
+
     def operations(self, seq: int) -> int:
         """Multiplications and additions that reading a prompt and scoring its last token cannot do without.
 
@@ -50,13 +56,14 @@ class Shape:
         """Write the checkpoint that both sides load."""
         if self.checkpoint is not None:
             return save_model(load_model(self.checkpoint, "cpu", dtype), folder)
+        with torch.device("meta"):
+            model = Transformer(self.config).requires_grad_(False).to(dtype)
+        model.to_empty(device="cpu")  # in its own dtype from the start: large shapes fit once, not twice
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = Transformer(self.config).requires_grad_(False)
             for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=0.02)
-        return save_model(model, folder, dtype=dtype)
+                parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        return save_model(model, folder, max_shard_bytes=10**9)
 
 
 RANDOM_075B = Shape(  # 749 million parameters, of which a decode step reads 258 million
@@ -66,6 +73,20 @@ RANDOM_075B = Shape(  # 749 million parameters, of which a decode step reads 258
         n_experts=8, n_choices=2, rope_theta=1e6,
     ),
 )  # fmt: skip
+
+
+def published(name: str, layers: int | None = None) -> Shape:
+    """A published Mixtral's shape with random weights, all its layers or the first `layers`. Raises `BenchError` for any other."""
+    mixtures = [known for known, preset in PRESETS.items() if preset.config.n_experts]
+    if name not in mixtures:
+        raise BenchError(
+            f"There is no mixture of experts {name!r} to take the shape of: there are {', '.join(mixtures)}."
+        )
+    whole = PRESETS[name].config
+    n = whole.n_layers if layers is None else layers
+    if not 1 <= n <= whole.n_layers:
+        raise BenchError(f"{name} has {whole.n_layers} layers: {n} of them cannot be taken.")
+    return Shape(name if n == whole.n_layers else f"{name}, {n} layers", replace(whole, n_layers=n))
 
 
 def usual_shapes() -> list[Shape]:

@@ -29,6 +29,8 @@ def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) ->
     if len(numbers) != len(HEAD):
         return Verdict(False, f"A head of {len(HEAD)} numbers stays one of {len(HEAD)}, but you return {len(numbers)}.")
     half, size = len(HEAD) // 2, len(HEAD)
+    right = _rotated(HEAD, POSITION, THETA)
+    pairs_together = [x for i in range(half) for x in (right[i], right[i + half])]
     split = [(i, i + half) for i in range(half)]
     speeds = [THETA ** (-2 * i / size) for i in range(half)]
     usual = [
@@ -40,8 +42,10 @@ def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) ->
         (_turned(split, [THETA ** (2 * i / size) for i in range(half)]), "The exponent is negative: later pairs turn more slowly."),
         (_turned(split, [1.0] * half), "All pairs turn equally fast: divide the position by theta ** (2 i / head_dim)."),
         (_turned(split, [speed / POSITION for speed in speeds]), "The position is missing from the angle."),
+        (_turned(split, [THETA ** (-2 * i / half) for i in range(half)]), "head_dim is the whole head, not half of it."),
+        (_overwritten(), "You changed head[i] before you used it for number i + half: keep the old pair, or fill a copy."),
+        (pairs_together, "All numbers are right, but pair i belongs to the places i and i + half."),
     ]  # fmt: skip
-    right = _rotated(HEAD, POSITION, THETA)
     if _close(numbers, right):
         try:
             other = torch.as_tensor(answer([1.0, 1.0], 7, 10.0), dtype=torch.float32).flatten().tolist()
@@ -57,7 +61,8 @@ def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) ->
             return Verdict(False, message)
     near = [i for i, (a, b) in enumerate(zip(numbers, right, strict=True)) if math.isclose(a, b, abs_tol=1e-3)]
     which = f"Numbers {near} are right, the others are not." if near else "No number is right yet."
-    return Verdict(False, f"{which} Expected about {[round(x, 2) for x in right]}.")
+    case = f"For {HEAD} at position {POSITION} with theta {THETA:g} it should be"
+    return Verdict(False, f"{which} {case} about {[round(x, 2) for x in right]}.")
 
 
 def check_grouped_scores(answer: Callable[[Tensor, Tensor], object]) -> Verdict:
@@ -97,10 +102,16 @@ def check_grouped_scores(answer: Callable[[Tensor, Tensor], object]) -> Verdict:
     ]  # fmt: skip
     got = got.detach().float().cpu()
     if torch.allclose(got, products / size**0.5, atol=1e-4):
-        return Verdict(True, "The keys were never copied: group is an axis that they simply lack.")
+        return Verdict(True, "Each query head meets the keys of its group: `group` is an axis that keys simply lack.")
     for wrong, message in usual:
         if torch.allclose(got, wrong, atol=1e-4):
             return Verdict(False, message)
+    if torch.allclose(got * (products[0, 0, 0, 0] / got[0, 0, 0, 0]), products, atol=1e-4):
+        return Verdict(
+            False, f"Divide by the square root of head_dim, which is {size} here: it is the last axis of query."
+        )
+    if bool((got.flatten(2) == 0).any() or got.isinf().any()):
+        return Verdict(False, "Some scores are 0 or infinite: no mask here, what comes later is hidden afterwards.")
     return Verdict(False, "The shape is right, the numbers are not: multiply along head_dim, sum, divide by its root.")
 
 
@@ -141,6 +152,16 @@ def _turned(pairs: list[tuple[int, int]], speeds: list[float]) -> list[float]:
     for (a, b), speed in zip(pairs, speeds, strict=True):
         cos, sin = math.cos(POSITION * speed), math.sin(POSITION * speed)
         out[a], out[b] = HEAD[a] * cos - HEAD[b] * sin, HEAD[a] * sin + HEAD[b] * cos
+    return out
+
+
+def _overwritten() -> list[float]:
+    """`HEAD` where the first number of each pair is overwritten before the second is computed from it."""
+    out, half = list(HEAD), len(HEAD) // 2
+    for i in range(half):
+        angle = POSITION * THETA ** (-2 * i / len(HEAD))
+        out[i] = out[i] * math.cos(angle) - out[i + half] * math.sin(angle)
+        out[i + half] = out[i] * math.sin(angle) + out[i + half] * math.cos(angle)
     return out
 
 

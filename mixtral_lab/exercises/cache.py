@@ -19,13 +19,17 @@ def check_ring_after(answer: Callable[[int, int], object]) -> Verdict:
             if given is None:
                 return Verdict(None, "The function still returns None.")
             got = [None if position is None else int(position) for position in given]  # type: ignore[attr-defined]
-        except TypeError:
-            return Verdict(False, "Return a list with a position for each slot, such as [4, 5, 6, 3].")
+        except (TypeError, ValueError):
+            return Verdict(
+                False, "Return a list with a position for each slot, such as [4, 5, 6, 3], and None for an empty slot."
+            )
         except Exception as error:
             return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
         case = f"With {slots} slots after {seen} tokens"
         if got == right:
             continue
+        if None in right and got == [p if p is not None else got[-1] for p in right] and got[-1] in (-1, 0):
+            return Verdict(False, f"{case} some slots are empty: write None for them, not {got[-1]}.")
         if got == [position for position in right if position is not None]:
             return Verdict(False, f"{case} some slots are empty: write None for them.")
         if len(got) != slots:

@@ -17,9 +17,10 @@ from mixtral_lab.exercises.verdict import Verdict, judged
 def check_swiglu(answer: Callable[..., object]) -> Verdict:
     """A function from `x`, `gate`, `up` and `down` to `down(silu(gate x) * up x)`, for one token."""
     x, gate, up, down = (_random(seed, *shape) for seed, shape in enumerate(((4,), (6, 4), (6, 4), (4, 6))))
+    lies = "Here dim is 4 and hidden 6: gate and up are (6, 4), so `gate @ x`; down is (4, 6)."
     got, stop = _tried(lambda: answer(x.clone(), gate.clone(), up.clone(), down.clone()), (4,))
     if stop is not None:
-        return stop
+        return Verdict(stop.solved, f"{stop.message} {lies}") if stop.solved is False else stop
     opened, passed = gate @ x, up @ x
     mistakes = {
         "The silu stands on the wrong side: it belongs to the gate, not to up.": down @ (opened * F.silu(passed)),
@@ -39,11 +40,12 @@ def check_mixture(answer: Callable[..., object]) -> Verdict:
     x = _random(0, 5, 3)
     chosen = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0], [1, 2]])  # of four experts; nobody wants the last
     weights = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [0.75, 0.25]])
-    matrices, rows = _random(1, 4, 3, 3), [0, 0, 0, 0]
+    matrices, rows, calls = _random(1, 4, 3, 3), [0, 0, 0, 0], [0, 0, 0, 0]
 
     def expert(i: int) -> Callable[[Tensor], Tensor]:
         def run(given: Tensor) -> Tensor:
             rows[i] += given.numel() // 3
+            calls[i] += 1
             return torch.tanh(given @ matrices[i])
 
         return run
@@ -56,7 +58,17 @@ def check_mixture(answer: Callable[..., object]) -> Verdict:
     answers = torch.stack([torch.tanh(x @ matrix) for matrix in matrices])  # expert token dim
     of_choice = answers[chosen, torch.arange(5)[:, None]]  # token choice dim
     right = (weights[..., None] * of_choice).sum(1)
+    alone = torch.zeros_like(x)  # each expert in turn, the later over the earlier
+    for token, pair in enumerate(chosen.tolist()):
+        last = pair.index(max(pair))
+        alone[token] = weights[token, last] * of_choice[token, last]
+    inside = torch.tanh((weights[..., None] * x[:, None])[:, :, None] @ matrices[chosen])[:, :, 0]
     mistakes = {
+        "An expert's answer overwrites what the ones before it said of the same token: add it (+=).": alone,
+        "Each answer has the weight of the first choice: take weights[token, choice].": (
+            weights[:, :1, None] * of_choice
+        ).sum(1),
+        "The weight went into the expert together with x: multiply the answer, not the question.": inside.sum(1),
         "The answers are added without their weights: multiply each by its own.": of_choice.sum(1),
         "The answers are averaged: their weights differ.": of_choice.mean(1),
         "Only the first choice is there: add the second with its weight.": weights[:, :1] * of_choice[:, 0],
@@ -75,6 +87,16 @@ def check_mixture(answer: Callable[..., object]) -> Verdict:
                 False, "The numbers are right, but every expert read every row: give each only those that chose it."
             )
         return Verdict(False, f"The numbers are right, but the experts read {rows} rows; {wanted} chose them.")
+    if verdict.solved and calls[3]:
+        return Verdict(
+            False, "The numbers are right, but nobody chose expert 3, and yet it was called: leave it alone."
+        )
+    if verdict.solved and max(calls) > 1:
+        return Verdict(
+            True,
+            f"You called the experts {sum(calls)} times, with no row too many; 3 calls will do: each expert once, on all "
+            "the rows that chose it.",
+        )
     return verdict
 
 
@@ -103,6 +125,8 @@ def check_feed_forward_numbers(answer: Callable[[Config], object]) -> Verdict:
             return Verdict(False, "You counted one matrix for each expert: there are three, gate, up and down.")
         if stored * 3 == total * one * 2:
             return Verdict(False, "You counted two matrices for each expert: SwiGLU has three, gate, up and down.")
+        if stored == total * one + config.n_layers * total * config.dim:
+            return Verdict(False, "You counted the router too: count the experts alone.")
         if (stored, used) == (config.parameters, config.active_parameters):
             return Verdict(False, "That is the whole model: count the experts alone, without attention and embeddings.")
         if stored == total * one and used == one:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+from torch import Tensor
+
 from mixtral_lab.exercises.verdict import Verdict
 from mixtral_lab.trace import Trace
 
@@ -21,6 +23,11 @@ def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict
         return Verdict(None, "The function still returns None.")
     if not isinstance(got, dict):
         return Verdict(False, f"Return a dictionary from expert to weight, such as {{1: 0.7, 3: 0.3}}, not {got!r}.")
+    if any(isinstance(key, Tensor) for key in got):
+        return Verdict(
+            False,
+            f"The keys of your dictionary must be whole numbers, not {next(iter(got))!r}: a tensor has .tolist().",
+        )
     right = _weights(logits, [1, 3])
     over_all = _weights(logits, [0, 1, 2, 3])
     if set(got) == {0, 1, 2, 3}:
@@ -40,6 +47,8 @@ def check_route_by_hand(answer: Callable[[list[float], int], object]) -> Verdict
         )
     if all(math.isclose(got[e], logits[e] / (logits[1] + logits[3]), abs_tol=1e-4) for e in got):
         return Verdict(False, "You divided by the sum of the logits; softmax takes the exponential of each first.")
+    if all(math.isclose(got[e], logits[e], abs_tol=1e-4) for e in got):
+        return Verdict(False, "Those are the logits of the winners: a softmax over the two makes weights of them.")
     if not all(math.isclose(got[e], right[e], abs_tol=1e-3) for e in got):
         return Verdict(False, f"The experts are right, the weights are not: expected about {_rounded(right)}.")
     try:

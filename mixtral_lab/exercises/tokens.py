@@ -63,8 +63,8 @@ BY_MERGES: tuple[tuple[str, Merges, dict[str, tuple[str, ...]]], ...] = (
         "ath",
         (("a", "t"), ("t", "h")),
         {
-            "The t was used up by the first merge, yet you merged it once more: only whole pieces may join (replacing "
-            "inside a joined string does not see where a piece begins).": ("ath",)
+            "In 'ath' the t was used up by the first merge, yet you merged it once more: only whole pieces may join "
+            "(replacing inside a joined string does not see where a piece begins).": ("ath",)
         },
     ),
     (
@@ -153,6 +153,10 @@ def check_chat_by_hand(answer: Callable[[list[dict[str, str]]], object], tokeniz
                 False, "Three messages come out right, but a single one does not: go through whatever comes."
             )
         return Verdict(True, f"{len(right)} ids, the same as tokenizer.chat gives.")
+    if begin is None or end is None or opens is None or closes is None:
+        return Verdict(
+            False, "Not what tokenizer.chat gives. (Hints are for the chat format of the models in the box.)"
+        )
     if opens not in ids and closes not in ids:
         return Verdict(
             False, "There is no control token: [INST] typed as text is ordinary characters. Use the ids 4 and 5."
@@ -171,6 +175,12 @@ def check_chat_by_hand(answer: Callable[[list[dict[str, str]]], object], tokeniz
         return Verdict(False, "Each of the two questions needs one [INST] before it and one [/INST] behind it.")
     if [i for i in ids if tokenizer.is_control(i)] != [i for i in right if tokenizer.is_control(i)]:
         return Verdict(False, "The control tokens must come as <s> [INST] [/INST] </s> [INST] [/INST].")
+    if tokenizer.decode(ids) == tokenizer.decode(right):
+        return Verdict(
+            False,
+            "The text is right, but it is cut differently: a space belongs to the token after it, so encode each message "
+            "in one piece, with its spaces.",
+        )
     if tokenizer.decode(ids).replace(" ", "") == tokenizer.decode(right).replace(" ", ""):
         return Verdict(
             False,
@@ -200,9 +210,10 @@ def _ids(got: object, tokenizer: Tokenizer) -> list[int] | Verdict:
     return Verdict(False, f"There is no token {wrong[0]}.") if wrong else ids
 
 
-def _id(tokenizer: Tokenizer, name: str) -> int:
-    """The id of a control token, by its name."""
-    return next(i for i in range(tokenizer.vocab) if tokenizer.is_control(i) and tokenizer.pieces([i]) == [name])
+def _id(tokenizer: Tokenizer, name: str) -> int | None:
+    """The id of a control token, by its name; None if there is none."""
+    known = (i for i in range(tokenizer.vocab) if tokenizer.is_control(i) and tokenizer.pieces([i]) == [name])
+    return next(known, None)
 
 
 def _number(got: object) -> float | None:

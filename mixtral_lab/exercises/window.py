@@ -42,7 +42,7 @@ def check_visible_keys(answer: Callable[[int, int], object]) -> Verdict:
 
 def check_layers_needed(answer: Callable[[int, int], object]) -> Verdict:
     """A function from a distance and a window to the fewest layers that carry something so far."""
-    for distance, window in ((5, 4), (6, 3), (127, 128), (128, 128), (1000, 128), (131040, 4096)):
+    for distance, window in ((5, 4), (6, 3), (22, 4), (127, 128), (128, 128), (1000, 128), (131040, 4096)):
         right = -(-distance // (window - 1))
         try:
             given = answer(distance, window)
@@ -66,7 +66,7 @@ def check_layers_needed(answer: Callable[[int, int], object]) -> Verdict:
                 f"For {case} you say {got:g}: you counted {window:,} tokens a layer, but a token sees {window - 1:,} others.",
             )
         if got == distance // (window - 1):
-            return Verdict(False, f"For {case}, {got:g} layers end before the word: round up, not down.")
+            return Verdict(False, f"For {case}, {got:g} is too few, the last ends before the word: round up, not down.")
         if got == distance // (window - 1) + 1:
             return Verdict(False, f"For {case}, {right} will do: where the division leaves nothing, add nothing.")
         return Verdict(False, f"For {case} it takes {right} layers, not {got:g}.")

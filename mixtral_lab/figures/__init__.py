@@ -24,6 +24,7 @@ from mixtral_lab.figures.offload import expert_cache, expert_cache_by_layer
 from mixtral_lab.figures.routing import domain_experts, expert_shares, rank_shares
 from mixtral_lab.figures.specialisation import domain_divergence, domain_information, language_or_topic, vocabulary
 from mixtral_lab.figures.tokens import COLUMNS, Decisions, decisions, token_layer_map, tokens_by_expert
+from mixtral_lab.figures.tuning import moved_choices, tuning_losses
 from mixtral_lab.figures.weights import expert_peaks, expert_similarity, norm_and_score
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "expert_words",
     "language_or_topic",
     "logit_lens",
+    "moved_choices",
     "norm_and_score",
     "patching_map",
     "rank_shares",
@@ -64,6 +66,7 @@ __all__ = [
     "top1_similarity",
     "top_k_losses",
     "transitions",
+    "tuning_losses",
     "vocabulary",
     "what_fits",
 ]

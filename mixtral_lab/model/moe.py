@@ -1,13 +1,14 @@
 """The mixture of experts: a router picks a few experts for each token, and their answers are mixed.
 
 Three ideas, in reading order: `route` chooses, `SwiGLU` is one expert, and `mix_dense` says what the mixture
-*is*. The two economical versions below it compute the same with far less work.
+*is*. The economical versions below it compute the same with far less work.
 
 A `Site` lets a value pass; it is there to be looked at and changed by name.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ Answers = Float[Tensor, "batch seq choice features_out"]
 Part = Callable[[Tensor], Tensor]  # an expert, or half of one
 Take = Callable[[Tensor, Tensor, Sequence[Part]], Tensor]  # rows and choices to answers
 
+Sorted = Float[Tensor, "row features_in"]  # the rows of expert 0, then those of expert 1, ...
+SortedOut = Float[Tensor, "row features_out"]
+Ends = Int[Tensor, " expert"]
+ALIGNED = 16  # bytes: where the grouped product wants rows and matrices to begin
 FEW = 4  # up to so many tokens, running the chosen experts one by one is the quickest
 
 
@@ -108,8 +113,9 @@ class Experts(nn.Module):
     """The experts of one layer: each token is taken to those it chose, and their answers are weighed and summed.
 
     `dispatch` names how they are taken there: "every" runs all experts on all tokens, "sorted" runs each expert once on
-    the tokens that chose it, "one_by_one" runs each token's choices in turn, and "auto" takes the quickest. "dense" is
-    the plain definition, `mix_dense`; a function of the same form may stand in place of a name. All agree.
+    the tokens that chose it, "grouped" does that for all experts in one call of PyTorch's ("sorted" where that cannot be),
+    "one_by_one" runs each token's choices in turn, and "auto" takes the quickest: for many tokens "grouped" on a GPU. "dense"
+    is the plain definition, `mix_dense`; a function of the same form may stand in place of a name. All agree.
     """
 
     def __init__(self, dim: int, hidden: int, n_experts: int) -> None:
@@ -135,15 +141,18 @@ class Experts(nn.Module):
             dispatch = "every" if dispatch is mix_dense else "sorted"  # a whole mixture has no single answers to see
         if dispatch == "auto":
             few = x.shape[0] * x.shape[1] <= FEW and not torch.is_grad_enabled()
-            dispatch = "one_by_one" if few else "sorted"
-        take, chosen = self.way(dispatch), routing.experts
+            dispatch = "one_by_one" if few else "grouped" if x.is_cuda else "sorted"
+        chosen, take = routing.experts, self.way(dispatch)
+        whole, inside, down = self.swiglus, [one.inside for one in self.swiglus], [one.down for one in self.swiglus]
+        if dispatch == "grouped" and (bank := self._all_in_one(x)) is not None:
+            take = functools.partial(take_grouped, n_experts=len(self.ffn))
+            whole, inside, down = bank.whole, bank.inside, bank.out  # type: ignore[assignment]
 
         tokens = x.unsqueeze(-2).expand(*chosen.shape, -1)
         if self.hidden.watched:
-            hidden = self.hidden(take(tokens, chosen, [expert.inside for expert in self.swiglus]), chosen)
-            answers = take(hidden, chosen, [expert.down for expert in self.swiglus])
+            answers = take(self.hidden(take(tokens, chosen, inside), chosen), chosen, down)
         else:
-            answers = take(tokens, chosen, self.swiglus)
+            answers = take(tokens, chosen, whole)
         answers = self.out(answers, chosen)
         weights = routing.weights.to(answers.dtype)
         if self.weighted.watched:
@@ -173,7 +182,13 @@ class Experts(nn.Module):
             or x.device.type != "cpu"
         ):
             return None
-        if self.swiglus[0].gate.weight.numel() >= SMALL or torch.is_grad_enabled() or not free_of_hooks(self):
+        gate = self.swiglus[0].gate
+        if (
+            type(gate) is not Linear
+            or gate.weight.numel() >= SMALL
+            or torch.is_grad_enabled()
+            or not free_of_hooks(self)
+        ):
             return None
         first, second = routing.experts.flatten().tolist()
         if first == second or not self._has_bank(first, second):
@@ -182,6 +197,26 @@ class Experts(nn.Module):
         weights = routing.weights.flatten()
         weights = weights if first < second else weights.flip(0)
         return mix_picked(x.flatten(), weights, *(part[two] for part in self.bank or ())).view_as(x)
+
+    def _all_in_one(self, x: Tensor) -> Bank | None:
+        """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
+        out as PyTorch's operator wants it. On a GPU it is made when first asked for, a role of a layer at a time.
+        """
+        weights = [part.weight for one in self.swiglus for part in (one.gate, one.up, one.down) if type(part) is Linear]
+        if len(weights) < 3 * len(self.ffn) or not free_of_hooks(self.ffn) or not grouped_works(x.device, x.dtype):
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return None
+        if x.is_cuda and not self._sought:
+            self.lay_out()
+        if not self._has_bank(*range(len(self.ffn))) or self.bank is None:
+            return None
+        fits = all(
+            part.dtype == x.dtype
+            and not (part.data_ptr() % ALIGNED or any(step * part.itemsize % ALIGNED for step in part.stride()[:-1]))
+            for part in self.bank
+        )
+        return self.bank if fits else None
 
     def lay_out(self) -> None:
         """Have a bank, whatever it takes: for compiling."""
@@ -208,7 +243,42 @@ class Bank(NamedTuple):
     up: Float[Tensor, "expert hidden dim"]
     down: Float[Tensor, "expert dim hidden"]
 
+    # What an expert does, for the rows of all experts in turn; expert e's end at `ends[e]`.
 
+    def whole(self, rows: Sorted, ends: Ends) -> SortedOut:
+        return self.out(self.inside(rows, ends), ends)
+
+    def inside(self, rows: Sorted, ends: Ends) -> SortedOut:
+        return F.silu(_grouped(rows, self.gate, ends)) * _grouped(rows, self.up, ends)
+
+    def out(self, rows: Sorted, ends: Ends) -> SortedOut:
+        return _grouped(rows, self.down, ends)
+
+
+def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+
+@functools.cache
+def grouped_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's grouped product is present here, takes experts without rows, and agrees with the plain one.
+
+    On a GPU it is asked in bfloat16 only, for which it has a kernel; in other dtypes it is a loop that waits for the host.
+    """
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((24, 64), (4, 32, 64)))
+    ends = torch.tensor([0, 7, 7, 24], dtype=torch.int32, device=device)
+    try:
+        out = _grouped(rows, weight, ends)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    plain = torch.cat((F.linear(rows[:7].float(), weight[1].float()), F.linear(rows[7:].float(), weight[3].float())))
+    return torch.allclose(out.float(), plain, rtol=0.02, atol=0.2)
+
+
+@torch.inference_mode(False)  # a copy made in inference mode could not be used outside
 def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
     """The bank of a layer's experts: a view of their own memory where a file lays them out evenly.
 
@@ -279,6 +349,21 @@ def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
     return answers.view(*chosen.shape, -1)
 
 
+def take_grouped(rows: Rows, chosen: Chosen, part: Callable[[Tensor, Tensor], Tensor], n_experts: int) -> Answers:
+    """The same with all experts' products in one call, so that nothing waits to hear how many rows each has.
+
+    `part` is one of `Bank`'s. For many tokens on a GPU. Source: MegaBlocks (arXiv 2211.15841, section 2).
+    """
+    n_choices, flat = chosen.shape[-1], chosen.flatten()
+    in_turn, order = flat.sort(stable=True)
+    ends = torch.searchsorted(in_turn, torch.arange(n_experts, device=flat.device), right=True).int()
+    by_token = rearrange(rows, "batch seq choice features -> (batch seq) choice features")
+    sorted_answers = part(by_token[order // n_choices, order % n_choices], ends)
+    answers = torch.empty_like(sorted_answers)
+    answers[order] = sorted_answers
+    return answers.view(*chosen.shape, -1)
+
+
 def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
     """Take each row to its expert in turn. For a few tokens: nothing is sorted."""
     each = rows.reshape(chosen.numel(), -1).split(1)
@@ -286,4 +371,9 @@ def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answ
     return torch.cat(answers).view(*chosen.shape, -1)
 
 
-DISPATCH = {"every": take_every, "sorted": take_sorted, "one_by_one": take_one_by_one}
+DISPATCH = {
+    "every": take_every,
+    "sorted": take_sorted,
+    "grouped": take_sorted,  # unless there is a bank that fits
+    "one_by_one": take_one_by_one,
+}

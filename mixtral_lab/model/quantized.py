@@ -15,6 +15,31 @@ FEW = 16  # up to so many rows, PyTorch's kernels for small integers are the qui
 BLOCK = 64  # int4: rows are kept by so many, column after column, row n and row n + 32 in the halves of one byte: the order that
 # PyTorch's kernel has on processors with 64 bytes in a register. Elsewhere the kernel disagrees, and is not used.
 KINDS = ("int8", "int4")
+AT_ONCE = (
+    512  # rows that are rounded at once, a multiple of BLOCK: wide copies of a whole matrix would leave every cache
+)
+
+
+def _int8(rows: Float[Tensor, "row column"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Integers `row column` and scales `row`."""
+    wide = rows.float()
+    largest = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    scales = (largest / 127).clamp(min=1e-12).to(dtype)
+    return wide.div(scales.float()).round_().clamp_(-127, 127).to(torch.int8), scales.squeeze(-1)
+
+
+def _int4(rows: Float[Tensor, "row column"], group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pairs of integers in the order that `BLOCK` says, half as many as there are columns, and `row group 2`."""
+    grouped = rearrange(rows.float(), "row (group number) -> row group number", number=group)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scales = ((high - low) / 15).clamp(min=1e-12).to(dtype)
+    middles = (low + 8 * scales.float()).to(dtype)
+    integers = grouped.sub(middles.float()).div_(scales.float()).add_(8).round_().clamp_(0, 15).to(torch.uint8)
+    by_block = rearrange(
+        integers, "(block half row) group number -> block (group number) half row", half=2, row=BLOCK // 2
+    )
+    pairs = by_block[..., 0, :] | by_block[..., 1, :] << 4
+    return pairs.reshape(len(rows), -1), torch.cat((scales, middles), -1)
 
 
 class QuantizedLinear(nn.Module):
@@ -32,28 +57,18 @@ class QuantizedLinear(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"There is no kind {kind!r} of small integers here; there is {', '.join(KINDS)}.")
         self.kind, self.dtype, self.shape = kind, weight.dtype, weight.shape
-        wide = weight.detach().float()
         if kind == "int8":
-            scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12).to(self.dtype)
-            integers = (wide / scales.float()).round().clamp(-127, 127).to(torch.int8)
-            self._keep(integers, scales.squeeze(-1))
+            parts = [_int8(rows, self.dtype) for rows in weight.detach().split(AT_ONCE)]
+            self._keep(*(torch.cat(both) for both in zip(*parts, strict=True)))
             return
         group = next((size for size in GROUPS if weight.shape[1] % size == 0), 0)
         if not group or weight.shape[0] % BLOCK:
             raise ValueError(
                 f"A matrix of {tuple(weight.shape)} cannot be kept in int4: it takes rows by {BLOCK}, and columns by {GROUPS[-1]}."
             )
-        grouped = rearrange(wide, "row (group number) -> row group number", number=group)
-        low, high = grouped.aminmax(dim=-1, keepdim=True)
-        scales = ((high - low) / 15).clamp(min=1e-12).to(self.dtype)
-        middles = (low + 8 * scales.float()).to(self.dtype)
-        integers = ((grouped - middles.float()) / scales.float() + 8).round().clamp(0, 15).to(torch.uint8)
-        by_block = rearrange(
-            integers, "(block half row) group number -> block (group number) half row", half=2, row=BLOCK // 2
-        )
-        pairs = by_block[..., 0, :] | by_block[..., 1, :] << 4
-        both = torch.stack((scales, middles), -1)
-        self._keep(pairs.reshape(weight.shape[0], -1), rearrange(both, "row group 1 two -> group row two").contiguous())
+        parts = [_int4(rows, group, self.dtype) for rows in weight.detach().split(AT_ONCE)]
+        pairs, both = (torch.cat(part) for part in zip(*parts, strict=True))
+        self._keep(pairs, rearrange(both, "row group two -> group row two").contiguous())
 
     def _keep(self, integers: Tensor, scales: Tensor) -> None:
         self.register_buffer("integers", integers)

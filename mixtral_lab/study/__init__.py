@@ -8,12 +8,12 @@ Texts are read piece by piece and only counts are kept, so that memory does not 
 those of `mixtral_lab.analysis`, the pictures those of `mixtral_lab.figures`; this package reads, adds up and writes.
 """
 
-from mixtral_lab.study.corpus import Corpus, StudyError, Text, bundled_texts, read_texts
+from mixtral_lab.study.corpus import Corpus, StudyError, Text, bundled_texts, given_texts, read_texts
 from mixtral_lab.study.counting import Counts, count
-from mixtral_lab.study.report import Study, check_folder, study
+from mixtral_lab.study.report import Study, check_folder, study, write
 from mixtral_lab.study.sections import Section, all_sections
 
 __all__ = [
     "Corpus", "Counts", "Section", "Study", "StudyError", "Text", "all_sections", "bundled_texts", "check_folder", "count",
-    "read_texts", "study",
+    "given_texts", "read_texts", "study", "write",
 ]  # fmt: skip

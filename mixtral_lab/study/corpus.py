@@ -52,6 +52,16 @@ def bundled_texts() -> dict[str, list[Text]]:
     return found
 
 
+def given_texts(folder: Path | None, domains: bool) -> tuple[Corpus, str]:
+    """The corpus that a command was given, and its name: the texts of a folder, or (`domains`) the excerpts in the box.
+
+    Raises `StudyError` for both or neither, and as `read_texts` does.
+    """
+    if (folder is None) != domains:
+        raise StudyError("Give either --texts DIR, for texts of your own, or --domains, for the excerpts in the box.")
+    return (bundled_texts(), "the bundled excerpts") if folder is None else (read_texts(folder), str(folder))
+
+
 def read_texts(folder: str | Path) -> dict[str, FileTexts]:
     """The texts of a folder by domain. Nothing is kept in memory: files are read again whenever one asks.
 

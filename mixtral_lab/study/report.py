@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixtral_lab.lab import Lab
 from mixtral_lab.study.corpus import PIECE, Corpus, StudyError
-from mixtral_lab.study.counting import Counts, count
+from mixtral_lab.study.counting import Counts, check_domain, count
 from mixtral_lab.study.sections import SEED, Section, all_sections, by_layer, corpus_table
 
 if TYPE_CHECKING:
@@ -43,9 +43,16 @@ def study(lab: Lab, corpus: Corpus, out: str | Path, source: str = "texts given 
     HTML and, if kaleido finds a browser, as PNG; and `tables/`, tidy, as parquet and csv. A study that stands there is
     replaced. Raises `StudyError` for a dense model, a corpus without text, or a folder with anything else in it.
     """
+    check_folder(Path(out))
+    return write(lab, count(lab, corpus), out, source)
+
+
+def write(lab: Lab, counts: Counts, out: str | Path, source: str = "texts given in Python") -> Study:
+    """The second half of `study`: what was counted with a model, as a folder. Raises `StudyError` as `study` does."""
     folder = Path(out)
     check_folder(folder)
-    counts = count(lab, corpus)
+    for domain in range(len(counts.domains)):
+        check_domain(counts, domain)
     found, lacking = all_sections(counts)
     overview = Section("", "", {}, {"corpus": corpus_table(counts), "layers": by_layer(counts)})
     drawn = {name: figure for section in found for name, figure in section.figures.items()}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,18 @@ class Recipe:
     clip: float = 1.0
     balance: float = 0.01
     z: float = 0.001
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What `learning_rate` asks of a recipe."""
+
+    @property
+    def peak_lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def min_lr_share(self) -> float: ...
 
 
 RECIPES = {
@@ -187,7 +199,7 @@ class Run:
                 }
 
 
-def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
+def learning_rate(recipe: Schedule, step: int, progress: float) -> float:
     """Rise over `warmup_steps`, then half a cosine down to `min_lr_share`; `progress` is the share of the run done."""
     low = recipe.min_lr_share
     cosine = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

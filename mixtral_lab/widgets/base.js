@@ -50,7 +50,7 @@ function frame(model, el, name) {
   const root = make("div", { class: "mixtral-lab " + name });
   const note = make("p", { class: "notice", role: "status" });
   const say = () => {
-    note.textContent = [model.get("notice"), gone.has(model) ? GONE : ""].filter(Boolean).join(" ");
+    note.textContent = [model.get("notice"), gone.has(model) ? model.lost ?? GONE : ""].filter(Boolean).join(" ");
     note.hidden = !note.textContent;
   };
   const dark = () => {

@@ -22,7 +22,7 @@ MOST_STATE = 1_000_000  # bytes that a widget may keep in the notebook's file
 MINUS_INFINITY, UNKNOWN, LARGEST = -32768, 32767, 32766  # 16-bit numbers that base.js reads as words
 
 
-class WidgetError(LabError, ValueError):
+class WidgetError(LabError, traitlets.TraitError):
     """A widget was asked for something that it cannot show."""
 
 

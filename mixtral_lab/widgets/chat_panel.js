@@ -98,7 +98,7 @@ function render({ model, el }) {
 
   // What was said.
   const log = make("div", { class: "log", role: "log", "aria-live": "polite", "aria-label": "Conversation", tabindex: 0 });
-  let drawn = [], first = new Uint8Array(0), live = null;
+  let drawn = [], first = new Uint8Array(0), live = null, sought = false;
 
   const question = turn => make("div", { class: "said user", role: "article", "aria-label": "You" },
     make("div", { class: "words", dir: "auto" }, turn.texts.join("")));
@@ -119,7 +119,7 @@ function render({ model, el }) {
     } }, "copy");
     const routing = about.experts && make("button", {
       class: "routing", disabled: alone, title: alone ? "Opens only in a notebook: this page has no model." : "Every router's decisions for this answer, below",
-      onclick() { model.send({ do: "explore", answer: turn.answer }); },
+      onclick() { sought = true; model.send({ do: "explore", answer: turn.answer }); },
     }, "routing");
     const line = make("div", { class: "line soft" }, make("span", {}, turn.line), copied, routing || null);
     return { text, node: make("div", { class: "said model", role: "article", "aria-label": about.model },
@@ -277,7 +277,8 @@ function render({ model, el }) {
       view = made;
       below.replaceChildren(make("div", { class: "row" }, make("h3", {}, "The routing of this answer and of all that was read for it"),
         make("button", { class: "close", onclick() { model.send({ do: "close" }); box.focus(); } }, "Close")), made.el);
-      below.scrollIntoView({ block: "nearest" });
+      if (sought) below.scrollIntoView({ block: "nearest" });
+      sought = false;
     } catch {
       below.replaceChildren(make("p", { class: "soft" }, "The routing cannot be shown here. In a cell, panel.explore(answer) opens it."));
     }

@@ -198,7 +198,7 @@ def _experts(experts: Sequence[int]) -> str:
 
 def as_python(edits: Sequence[Listed], lab: Lab, prompt: str, max_new_tokens: int) -> str:
     """Python that reads the prompt under the edits: `log_p` of every next token, `loss`, `text`, `trace`."""
-    known = lab.name in bundled.MODELS
+    known = lab.name in (*bundled.MODELS, *bundled.UPCYCLED)
     names = sorted({edit["kind"] for edit in edits} - {"multiply"})
     before: list[str] = []
     calls: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any
 from mixtral_lab.config import LabError
 
 MARKER = "mixtral_lab.page.2"  # in a comment of the head: how a page is known again
+START = 'start(document.getElementById("widget"), document.getElementById("state").textContent);\n'
 
 
 class PageError(LabError):
@@ -35,21 +36,26 @@ def write_page(path: str | Path, title: str, script: str, style: str, state: Map
     if not path.parent.is_dir():
         raise PageError(f"There is no folder {path.parent} to write {path.name} into: make it first.")
     template = files("mixtral_lab.widgets").joinpath("page.html").read_text("utf-8")
-    start = files("mixtral_lab.widgets").joinpath("page.js").read_text("utf-8")
-    script = "\n" + re.sub(r"\bexport default\b", "const widget =", script) + start
+    script = "\n" + alone(script) + START
     page = Template(template).substitute(
         marker=MARKER,
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=html.escape(title),
         style=style,
         fallback=fallback,
-        state=_json(state),
+        state=as_json(state),
         script=script,
     )
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page, "utf-8", newline="\n")
     partial.replace(path)
     return path
+
+
+def alone(script: str) -> str:
+    """A widget's module as plain lines that need no kernel; after them, `start(place, state)` shows it (state as JSON)."""
+    start = files("mixtral_lab.widgets").joinpath("page.js").read_text("utf-8")
+    return re.sub(r"\bexport default\b", "const widget =", script) + start
 
 
 def _is_page(path: Path) -> bool:
@@ -59,7 +65,7 @@ def _is_page(path: Path) -> bool:
         return b"<!-- mixtral_lab.page." in file.read(1000)
 
 
-def _json(state: Mapping[str, Any]) -> str:
+def as_json(state: Mapping[str, Any]) -> str:
     """The state as JSON that is safe inside a script element; bytes as base64."""
 
     def bytes_too(value: Any) -> Any:

@@ -49,7 +49,7 @@ def made_up(
         if layers > 1:
             found.moved += analysis.transition_counts(chosen, experts)
         found.vocabulary += analysis.vocabulary_counts(chosen, experts, ids, len(names))
-        found.places.add(domain, ids, chosen)
+        found.places.add(domain, ids, chosen, random.random(seq))
     return found
 
 
