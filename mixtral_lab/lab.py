@@ -51,7 +51,7 @@ class Lab:
                 f"The tokenizer has {tokenizer.vocab} tokens but the model only {model.config.vocab}: "
                 "they do not belong together."
             )
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.model, self.tokenizer, self.name = model, tokenizer.up_to(model.config.vocab), name
         self._decode: Decode = decode
 
     @property

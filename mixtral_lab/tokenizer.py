@@ -12,6 +12,7 @@ them out of text; apart from such texts it and we give the same ids.)
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import json
 import re
@@ -165,6 +166,19 @@ class Tokenizer(ABC):
         if not 0 <= token_id < self.vocab:
             raise TokenizerError(f"Token id {token_id} does not exist: this tokenizer's ids are 0 to {self.vocab - 1}.")
         return self._bytes[token_id]
+
+    def up_to(self, vocab: int) -> Tokenizer:
+        """The same tokenizer for a model with more rows than there are tokens: each row left over is a control token without text.
+
+        Such rows round up the size of a model's tables; hardly ever does it write one.
+        """
+        if vocab <= self.vocab:
+            return self
+        rest, wider = range(self.vocab, vocab), copy.copy(self)
+        wider._bytes = [*self._bytes, *(b"" for _ in rest)]
+        wider._names = self._names | {token_id: f"<unused {token_id}>" for token_id in rest}
+        wider.vocab = vocab
+        return wider
 
     def is_control(self, token_id: int) -> bool:
         """Whether a token is markup (`<s>`, `[INST]`) rather than text."""

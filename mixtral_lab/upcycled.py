@@ -118,12 +118,13 @@ def upcycle(
         state[f"layers.{layer}.router.score.weight"] = routers[layer].to(like.device, numbers).clone()
         for role in ROLES:
             weight: Tensor = getattr(block.feed_forward, role).weight
-            bank = weight.float().expand(n_experts, *weight.shape)
-            if changes is not None:
-                into, out = (part[layer].to(like.device, torch.float32) for part in changes[role])
-                bank = torch.baddbmm(bank, out, into)
-            bank = bank.to(numbers).contiguous()
+            bank = torch.empty(n_experts, *weight.shape, dtype=numbers, device=like.device)
             for expert in range(n_experts):
+                own = weight.float()
+                if changes is not None:
+                    into, out = (part[layer, expert].to(like.device, torch.float32) for part in changes[role])
+                    own = torch.addmm(own, out, into)
+                bank[expert] = own
                 state[f"layers.{layer}.experts.ffn.{expert}.{role}.weight"] = bank[expert]
     model = blank(replace(config, n_experts=n_experts, n_choices=n_choices))
     model.load_state_dict(state, assign=True)

@@ -79,7 +79,8 @@ def timing_of(shape: Shape, folder: Path, repeats: int = 1) -> Sections:
 def test_every_quantity_is_there(report):
     assert report.subjects() == [
         *(("tiny", "float32", what, at) for what, at in (
-            (PREFILL, 12), (PREFILL, 20), (DECODE, 12), (COMPILED, 12), (f"{DECODE}, int8", 12), (RECORDING, 12), (f"{PEAK}, {RECORDING}", 12),
+            (PREFILL, 12), (PREFILL, 20), (DECODE, 12), (COMPILED, 12), (f"{DECODE}, int8", 12),
+            (RECORDING, 12), (f"{PEAK}, {RECORDING}", 12),
             ("load", 0), ("load to first logits", 0), ("private memory", 0), ("peak memory", 0),
         )),
         *((WINDOWED.name, "float32", what, at) for what, at in (
@@ -412,7 +413,7 @@ def test_published_shapes(tmp_path):
 def test_the_command_times_a_published_shape(here, monkeypatch, tmp_path):
     preset = PRESETS["mixtral-8x7b"]
     small = replace(
-        preset, config=replace(preset.config, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, hidden=64, vocab=61)
+        preset, config=replace(preset.config, dim=64, n_heads=4, n_kv_heads=2, head_dim=8, hidden=64, vocab=61)
     )
     monkeypatch.setitem(PRESETS, "mixtral-8x7b", small)
     path = tmp_path / "report.json"

@@ -133,3 +133,10 @@ def test_sampling_that_means_nothing_is_named(wrong, says):
 
 def test_nothing_asked_nothing_written(model):
     assert list(generate_ids(model, [[1]], 0)) == []
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-320), Sampling(1e-6), Sampling(2.0, top_p=1e-320)])
+def test_the_coldest_draws_are_greedy(sampling):
+    logits = torch.tensor([[1.0, 30.0, 2.0, 29.0]])
+    assert torch.equal(probabilities(logits, sampling), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    assert pick(logits, sampling, [torch.Generator().manual_seed(0)]).tolist() == [1]

@@ -136,7 +136,9 @@ def test_hooks_inside_an_expert_are_not_passed_over(monkeypatch):
     assert seen == [1] and len(calls) == 1  # the other layer
 
 
-@pytest.mark.parametrize("why", ["not laid out", "rows of 36 bytes", "a dtype apart", "no such operator", "small integers"])
+@pytest.mark.parametrize(
+    "why", ["not laid out", "rows of 36 bytes", "a dtype apart", "no such operator", "small integers"]
+)
 def test_where_it_cannot_be_experts_run_in_turn(why, monkeypatch):
     changes = {"dim": 18, "n_heads": 2, "n_kv_heads": 1} if why == "rows of 36 bytes" else {}
     model = random_model(mixtral(**changes)).requires_grad_(False) if why == "not laid out" else laid_out(**changes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mixtral_lab
 from mixtral_lab.checkpoint import CheckpointError
 from mixtral_lab.generate import PromptError
-from mixtral_lab.lab import _Writer
+from mixtral_lab.lab import Lab, Writer
+from mixtral_lab.model import Transformer
 from mixtral_lab.tokenizer import TextStream, TokenizerError
 from mixtral_lab.trace import TraceError
 
@@ -87,7 +90,7 @@ def test_stop_strings_end_before_themselves(lab):
 
 
 def test_a_stop_string_split_over_tokens_is_held_back(lab):
-    writer = _Writer(TextStream(lab.tokenizer), ["END"])
+    writer = Writer(TextStream(lab.tokenizer), ["END"])
     got = [writer.feed(token) for token in lab.tokenizer.encode("a EN b END c", bos=False)]
     assert "".join(got) == "a EN b "
     assert writer.done
@@ -95,7 +98,7 @@ def test_a_stop_string_split_over_tokens_is_held_back(lab):
 
 
 def test_what_only_looked_like_a_stop_comes_out_in_the_end(lab):
-    writer = _Writer(TextStream(lab.tokenizer), ["END"])
+    writer = Writer(TextStream(lab.tokenizer), ["END"])
     got = "".join(writer.feed(token) for token in lab.tokenizer.encode("so EN", bos=False))
     assert got + writer.flush() == "so EN"
 
@@ -242,3 +245,16 @@ def test_experts_are_used_evenly_enough_and_know_the_domain():
     assert share.max() < 0.30
     assert share.min() > 0.03
     assert max(domain_information(counts[:, layer]) for layer in range(8)) > 0.05
+
+
+def test_a_model_with_more_rows_than_tokens_reads_and_writes_them_without_text(lab):
+    n = lab.tokenizer.vocab
+    wide = Lab(Transformer(replace(lab.config, n_layers=1, vocab=n + 3)).eval(), lab.tokenizer, "wide")
+    assert wide.tokenizer.vocab == n + 3 and lab.tokenizer.vocab == n
+    assert wide.tokenizer.pieces([n, n + 2]) == [f"<unused {n}>", f"<unused {n + 2}>"]
+    assert wide.tokenizer.decode([n + 1, *lab.tokenizer.encode("Once", bos=False), n + 2]) == "Once"
+    assert wide.tokenizer.encode("Once upon") == lab.tokenizer.encode("Once upon")
+    trace = wide.trace_ids([n + 1, n + 2])
+    assert trace.tokens == (f"<unused {n + 1}>", f"<unused {n + 2}>")
+    with pytest.raises(TokenizerError, match=f"ids are 0 to {n + 2}"):
+        wide.tokenizer.pieces([n + 3])

@@ -626,3 +626,20 @@ def test_gguf_files_that_cannot_serve(tmp_path: Path) -> None:
         path = write_gguf(tmp_path / f"{number}.gguf", **entries)
         with pytest.raises(TokenizerError, match=complaint):
             load_tokenizer(path)
+
+
+@pytest.mark.parametrize(("version", "suffix", "prefix"), [("v3", 13, 11), ("tekken", 16, 14)])
+def test_fill_in_the_middle(version, suffix, prefix):
+    """`<s>[SUFFIX]suffix[PREFIX]prompt`, as mistral-common writes it."""
+    tokenizer = MistralCommonTokenizer.from_version(version)
+    ids = tokenizer.fill_in("def f(", "return x")
+    assert tokenizer.pieces([suffix, prefix]) == ["[SUFFIX]", "[PREFIX]"]
+    assert ids[:2] == [tokenizer.bos_id, suffix] and tokenizer.decode(ids[ids.index(prefix) :]).strip() == "def f("
+    with pytest.raises(TokenizerError, match="half a surrogate pair"):
+        tokenizer.fill_in("a\ud800", "")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_no_tokens_to_fill_in_with(version):
+    with pytest.raises(TokenizerError, match="no fill-in-the-middle tokens"):
+        MistralCommonTokenizer.from_version(version).fill_in("a", "b")
