@@ -108,6 +108,12 @@ def until_below(messages, budget):
     return messages
 
 
+def measured_in_pieces(messages, budget):
+    while size(messages) > budget:
+        messages = messages[1:]
+    return messages
+
+
 def newest_first(messages, budget):
     start = messages[0]["role"] == "system"
     while size(messages) > budget and len(messages) > start + 1:
@@ -130,6 +136,7 @@ def cut_text(messages, budget):
         (one_by_one, False, "parted from its answer"),
         (from_the_front, False, "system message is gone"),
         (until_below, False, "one turn too many"),
+        (measured_in_pieces, False, "no conversation any more (Message 1 is by 'assistant'"),
         (newest_first, False, "other turns than the oldest"),
         (cut_text, False, "texts are not cut"),
         (lambda messages, budget: messages, False, "too many: go on"),

@@ -59,6 +59,19 @@ def ask_again(post, sleep, *, tries=5, wait=True, again=(429, 503), seconds=None
     return None
 
 
+def for_ever(post, sleep):
+    while True:
+        try:
+            status, headers, answer = post()
+            if status == 200:
+                return answer
+            if status not in (429, 503):
+                return None
+            sleep(float(headers["Retry-After"]))
+        except Exception:
+            continue
+
+
 @pytest.mark.parametrize(
     ("answer", "solved", "says"),
     [
@@ -76,6 +89,8 @@ def ask_again(post, sleep, *, tries=5, wait=True, again=(429, 503), seconds=None
         ),
         (lambda post, sleep: ask_again(post, sleep) or "sorry", False, "return None, not 'sorry'"),
         (lambda post, sleep: ask_again(post, sleep, tries=50), False, "you asked 50 times"),
+        (for_ever, False, "you never stop asking"),
+        (lambda post, sleep: ask_again(post, lambda seconds: sleep(f"{seconds:g}")), False, "make a number of it"),
         (lambda post, sleep: 1 / 0, False, "ZeroDivisionError"),
     ],
 )

@@ -607,8 +607,8 @@ def test_one_step_equals_adamw_by_hand(lab, examples, tmp_path):
     """The first step of Adam is `lr * sign(gradient)`, to a small epsilon: B holds nothing else after it."""
     finetune(lab, examples[:8], examples[8:], tmp_path / "run", MINE, Recipe(1, 8, 1, 1e-2, clip=1e9))
     state = load_file(tmp_path / "run" / tuning.STATE)
-    for name in [name for name in state if name.startswith("adapter.") and name.endswith(".B")]:
-        moments = state.get(name.replace("adapter.", "exp_avg."))
+    for name in [name for name in state if name.startswith("model.") and name.endswith(".B")]:
+        moments = state.get(name.replace("model.", "exp_avg."))
         if moments is None:
             assert not state[name].any()  # an expert that nobody chose
             continue

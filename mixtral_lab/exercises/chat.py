@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mixtral_lab.exercises.verdict import Verdict
-from mixtral_lab.tokenizer import Tokenizer
+from mixtral_lab.tokenizer import Tokenizer, TokenizerError
 
 Messages = list[dict[str, str]]
 
@@ -120,6 +120,12 @@ def check_trim(answer: Callable[[Messages, int], object], tokenizer: Tokenizer) 
                 if given is None:
                     return Verdict(None, "The function still returns None.")
                 got = [dict(message) for message in given]  # type: ignore[attr-defined]
+            except TokenizerError as error:
+                return Verdict(
+                    False,
+                    f"What you kept is no conversation any more ({str(error).rstrip('.')}): drop a question with its "
+                    "answer, and keep the system message and the last question.",
+                )
             except Exception as error:
                 return _stopped(error)
             if got == shorter[right]:

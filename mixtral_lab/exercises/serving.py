@@ -77,6 +77,8 @@ def check_ask_again(answer: Callable[[Post, Callable[[float], None]], object]) -
             return Verdict(False, f"After 429, 503 and 200 the answer is 'Hello', but you returned {got!r}.")
         if not sleeps:
             return Verdict(False, "You asked again at once: call sleep first, or a busy server becomes a busier one.")
+        if any(isinstance(seconds, str) for seconds in sleeps):
+            return Verdict(False, "You handed a text to sleep: headers are texts, so make a number of it with float().")
         if sleeps != [2.0, 5.0]:
             return Verdict(False, f"You waited {sleeps} seconds, but Retry-After said 2, then 5.")
         got, posts, _ = _played(answer, [(422, {}, "wrong"), right])
@@ -87,9 +89,15 @@ def check_ask_again(answer: Callable[[Post, Callable[[float], None]], object]) -
         got, posts, _ = _played(answer, [busy] * 100)
         if posts != MOST_TRIES:
             return Verdict(False, f"While the server stayed busy you asked {posts} times: give up after {MOST_TRIES}.")
+    except _AskedForEver:
+        return Verdict(False, f"While the server stays busy you never stop asking: give up after {MOST_TRIES} times.")
     except Exception as error:
         return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
     return Verdict(True, "Wait as long as you are told, a few times, and only where waiting can help.")
+
+
+class _AskedForEver(BaseException):
+    """Past the end of the script. No `except Exception` of an answer stops it."""
 
 
 def _played(
@@ -103,7 +111,7 @@ def _played(
         nonlocal posts
         posts += 1
         if posts > len(script):
-            raise RuntimeError("it asked more often than the server had answers")
+            raise _AskedForEver
         return script[posts - 1]
 
     return answer(post, sleeps.append), posts, sleeps

@@ -27,8 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -48,6 +47,7 @@ from mixtral_lab.lora import (
 )
 from mixtral_lab.model import Transformer
 from mixtral_lab.tokenizer import MISTRAL_FILES, BPETokenizer, Tokenizer, TokenizerError
+from mixtral_lab.train.saved_state import STATE, load_state, save_state
 from mixtral_lab.upcycled import is_upcycled
 from mixtral_lab.weights import save_model
 
@@ -56,7 +56,7 @@ ROLES = ("system", "user", "assistant")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-RUN, LOG, STATE = "run.json", "log.jsonl", "state.safetensors"
+RUN, LOG = "run.json", "log.jsonl"
 
 
 class DataError(LabError, ValueError):
@@ -322,15 +322,10 @@ class _State:
         self.best_step = 0
 
     def save(self, folder: Path) -> None:
-        state = {f"adapter.{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                state[f"{key}.{name}"] = torch.as_tensor(value)
         numbers = (self.loss_before, self.best_loss, self.seconds)
         meta = {"step": str(self.step), "best_step": str(self.best_step)}
         meta |= dict(zip(("loss_before", "best_loss", "seconds"), map(float.hex, numbers), strict=True))
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / f"{STATE}.partial", metadata=meta)
-        (folder / f"{STATE}.partial").replace(folder / STATE)
+        save_state(folder, self.parameters, self.optimizer, meta)
 
     def load(self, folder: Path) -> None:
         """Raises `FineTuningError` for a state that is not of this run."""
@@ -340,19 +335,10 @@ class _State:
             raise FineTuningError(f"{folder / STATE} is damaged, or not of this run: {error}.") from None
 
     def _load(self, folder: Path) -> None:
-        with safe_open(folder / STATE, "pt") as file:
-            meta, names = file.metadata(), set(file.keys())
-            self.step, self.best_step = int(meta["step"]), int(meta["best_step"])
-            numbers = (float.fromhex(meta[key]) for key in ("loss_before", "best_loss", "seconds"))
-            self.loss_before, self.best_loss, self.seconds = numbers
-            for name, p in self.parameters.items():
-                p.data.copy_(file.get_tensor(f"adapter.{name}"))
-                if f"step.{name}" in names:  # an expert that no token has chosen yet has no moments
-                    moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[p] = {
-                        "step": file.get_tensor(f"step.{name}"),
-                        **{key: value.to(p.device) for key, value in moments.items()},
-                    }
+        meta = load_state(folder, self.parameters, self.optimizer)
+        self.step, self.best_step = int(meta["step"]), int(meta["best_step"])
+        numbers = (float.fromhex(meta[key]) for key in ("loss_before", "best_loss", "seconds"))
+        self.loss_before, self.best_loss, self.seconds = numbers
 
 
 def finetune(

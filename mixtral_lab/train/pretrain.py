@@ -20,8 +20,6 @@ import torch.nn.functional as F
 import typer
 from einops import reduce
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,6 +29,7 @@ from mixtral_lab.terminal import in_one_sentence
 from mixtral_lab.tokenizer import BPETokenizer
 from mixtral_lab.train import stream
 from mixtral_lab.train.mixture import mix_for_training
+from mixtral_lab.train.saved_state import STATE, load_state, save_state
 from mixtral_lab.weights import save_model
 
 
@@ -171,32 +170,14 @@ class Run:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write everything that `resume` needs, in one file that holds no code."""
-        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                state[f"{key}.{name}"] = torch.as_tensor(value)
+        """Write everything that `resume` needs."""
         meta = {"step": str(self.step), "tokens": str(self.tokens), "seconds": str(self.seconds)}
-        partial = folder / "state.safetensors.partial"
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial, metadata=meta)
-        partial.replace(folder / "state.safetensors")
+        save_state(folder, dict(self.model.named_parameters()), self.optimizer, meta)
 
     def resume(self, folder: Path) -> None:
         """Go on from `save`: the same weights, moments, step and schedule."""
-        with safe_open(folder / "state.safetensors", "pt") as file:
-            meta = file.metadata()
-            self.step, self.tokens, self.seconds = (
-                int(meta["step"]),
-                int(meta["tokens"]),
-                float(meta["seconds"]),
-            )
-            for name, p in self.model.named_parameters():
-                p.data.copy_(file.get_tensor(f"model.{name}"))
-                self.optimizer.state[p] = {
-                    "step": file.get_tensor(f"step.{name}"),
-                    "exp_avg": file.get_tensor(f"exp_avg.{name}").to(self.device),
-                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(self.device),
-                }
+        meta = load_state(folder, dict(self.model.named_parameters()), self.optimizer)
+        self.step, self.tokens, self.seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
 
 
 def learning_rate(recipe: Schedule, step: int, progress: float) -> float:
@@ -301,7 +282,7 @@ def main(
     network = Transformer(config)
     initialise(network, seed)
     run = Run(network, RECIPES[torch.device(device).type], torch.device(device))
-    if (folder / "state.safetensors").exists():
+    if (folder / STATE).exists():
         run.resume(folder)
     with contextlib.suppress(KeyboardInterrupt):  # what there is so far is saved below
         train(run, train_tokens, held_out, folder, int(tokens * 1e6), minutes)

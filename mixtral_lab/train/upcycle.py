@@ -27,8 +27,6 @@ import torch.nn.functional as F
 import typer
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -41,6 +39,7 @@ from mixtral_lab.tokenizer import BPETokenizer, load_tokenizer
 from mixtral_lab.train import stream
 from mixtral_lab.train.corpus import DOMAINS, documents
 from mixtral_lab.train.pretrain import BAR, balance_loss, learning_rate, z_loss
+from mixtral_lab.train.saved_state import STATE, load_state, save_state
 from mixtral_lab.upcycled import PARENT, ROLES, Adapter, Change, parent_file
 from mixtral_lab.weights import load_model
 
@@ -394,29 +393,14 @@ class Run:
         return Adapter(torch.stack([m.router.score.weight.detach() for m in self.mixtures]), changes, record)
 
     def save(self, folder: Path) -> None:
-        """Write everything that `resume` needs, in one file that holds no code."""
-        state = {f"model.{name}": p.detach() for name, p in self.trained.items()}
-        for name, p in self.trained.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                state[f"{key}.{name}"] = torch.as_tensor(value)
+        """Write everything that `resume` needs."""
         meta = {"step": str(self.step), "tokens": str(self.tokens), "seconds": str(self.seconds)}
-        partial = folder / "state.safetensors.partial"
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial, metadata=meta)
-        partial.replace(folder / "state.safetensors")
+        save_state(folder, self.trained, self.optimizer, meta)
 
     def resume(self, folder: Path) -> None:
         """Go on from `save`: the same weights, moments, step and schedule."""
-        with safe_open(folder / "state.safetensors", "pt") as file:
-            meta = file.metadata()
-            self.step, self.tokens, self.seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
-            for name, p in self.trained.items():
-                p.data.copy_(file.get_tensor(f"model.{name}"))
-                if self.step:
-                    self.optimizer.state[p] = {
-                        "step": file.get_tensor(f"step.{name}"),
-                        "exp_avg": file.get_tensor(f"exp_avg.{name}").to(self.device),
-                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(self.device),
-                    }
+        meta = load_state(folder, self.trained, self.optimizer)
+        self.step, self.tokens, self.seconds = int(meta["step"]), int(meta["tokens"]), float(meta["seconds"])
 
 
 def train(
@@ -519,7 +503,7 @@ def main(
     encode(corpus, tokenizer, out / "ids")
     text, held_out = (stream.load_tokens(out / "ids", split) for split in (stream.TRAIN, stream.HELD_OUT))
     dense = load_model(file, where, "float32")
-    if (out / "state.safetensors").exists():
+    if (out / STATE).exists():
         run = Run(
             dense,
             torch.zeros(dense.config.n_layers, recipe.n_experts, dense.config.dim, device=where),
