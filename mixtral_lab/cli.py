@@ -85,9 +85,14 @@ def info(
 ) -> None:
     """Show a model's shape, parameters, memory and tensors, without loading it. Works for published shapes too."""
     from mixtral_lab import bundled
+    from mixtral_lab.lora import base_of, is_adapter, load_adapter
     from mixtral_lab.upcycled import is_upcycled, read_shape
     from mixtral_lab.weights import describe, read_config
 
+    given = Path(model).expanduser()
+    adapter = given if is_adapter(given) else None
+    if adapter is not None:
+        model = base_of(adapter)
     path: Path | None = Path(model).expanduser()
     if path is not None and not path.exists():
         folder = bundled.UPCYCLED.get(model, model if model in bundled.MODELS else "")
@@ -99,6 +104,12 @@ def info(
     config = PRESETS[model].config if path is None else read(path)
 
     out.print(Text(model if path is None else str(path), style="bold"))
+    if adapter is not None:
+        low_rank = load_adapter(adapter, config)
+        out.print(
+            f"Changed by the adapter in {adapter}: rank {low_rank.rank}, {low_rank.numbers:,} numbers, "
+            f"on {' and '.join(low_rank.parts)}.", style="dim", markup=False,
+        )  # fmt: skip
     if model in PRESETS:
         out.print(f"{PRESETS[model].title}. Source: {PRESETS[model].source}.", style="dim")
     out.print(_config_table(config))
@@ -233,7 +244,9 @@ def page(
 
 @command
 def serve(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")
+    ] = "mini-mixtral",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Anything but this machine itself needs a key.")] = "127.0.0.1",
     api_key: Annotated[

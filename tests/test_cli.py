@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import mixtral_lab
+from mixtral_lab import bundled, lora
 from mixtral_lab.cli import app
+from mixtral_lab.weights import read_config
 
 runner = CliRunner()
 
@@ -61,6 +63,17 @@ def test_info_on_a_checkpoint_lists_its_tensors(monkeypatch):
     assert "model.embed_tokens.weight" in result.output
     assert "4096 x 256" in result.output
     assert "BF16" in result.output
+
+
+def test_info_on_the_folder_of_a_fine_tuning_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    shape = read_config(bundled.folder("mini-mixtral"))
+    adapter = lora.new_adapter(shape, lora.LoRA(rank=2, parts=("attention", "router")))
+    lora.save_adapter(adapter, tmp_path / "captain", "mini-mixtral")
+    result = run("info", str(tmp_path / "captain"))
+    assert result.exit_code == 0, result.output
+    assert f"rank 2, {adapter.numbers:,} numbers, on attention and router" in flat(result.output)
+    assert "mini-mixtral" in result.output and "4096 x 256" in result.output
 
 
 @pytest.mark.parametrize(

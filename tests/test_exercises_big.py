@@ -42,9 +42,22 @@ def newest_goes(asked, capacity):
     return hits
 
 
+def least_frequently_used(asked, capacity):
+    kept, hits = [], 0
+    for n, expert in enumerate(asked):
+        if expert in kept:
+            hits += 1
+            continue
+        if len(kept) == capacity:
+            kept.remove(min(kept, key=asked[:n].count))
+        kept.append(expert)
+    return hits
+
+
 @pytest.mark.parametrize(
     ("answer", "solved", "says"),
     [
+        (least_frequently_used, False, "whose last use is longest ago"),
         (lru_hits, True, "least recently used"),
         (lambda asked, capacity: sum(map(LRU(capacity).touch, asked)), True, "least recently used"),
         (lambda asked, capacity: None, None, "still returns None"),

@@ -71,6 +71,7 @@ def shares(*given):
     ("answer", "solved", "says"),
     [
         (shares, True, "how busy"),
+        (lambda *given: [[x for x in part if x] for part in shares(*given)], False, "nobody chose"),
         (lambda *given: None, None, "still returns None"),
         (lambda *given: shares(*given)[::-1], False, "wrong order"),
         (lambda *given: [shares(*given)[1]] * 2, False, "Both are load"),

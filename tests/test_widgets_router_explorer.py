@@ -137,6 +137,13 @@ def test_a_wrong_selection_is_refused(trait, wrong, says):
         explorer.search = 3
 
 
+def test_a_wrong_value_from_a_page_is_taken_back():
+    explorer = RouterExplorer(made_up())
+    with pytest.raises(TraitError, match="There is no layer 5"):
+        explorer.set_state({"selected_layer": 5})
+    assert explorer.selected_layer != 5
+
+
 def test_traces_that_cannot_be_shown():
     whole = made_up()
     with pytest.raises(WidgetError, match="each token needs its own"):

@@ -17,6 +17,7 @@ def check_lru_hits(answer: Callable[[list[int], int], object]) -> Verdict:
         ([0, 1, 0, 2, 0, 1, 1, 3, 0, 2], 2),
         ([0, 1, 2, 0, 3, 0, 1, 2, 2, 0], 3),
         ([5, 5, 6, 5], 1),
+        ([0, 0, 0, 1, 2, 1, 2], 2),  # tells least recently from least frequently used
     ):
         case = f"For {asked} and room for {capacity}: "
         try:

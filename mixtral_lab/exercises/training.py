@@ -83,6 +83,12 @@ def check_importance_and_load(answer: Callable[..., object]) -> Verdict:
     counts = _counts(CHOSEN, 4)
     right, right_load = [w / sum(weight) for w in weight], [c / sum(counts) for c in counts]
     if _same(importance, right) and _same(load, right_load):
+        try:
+            lengths = [len(part) for part in answer([[0, 2]], [[0.75, 0.25]], 4)]  # type: ignore[attr-defined]
+        except Exception as error:
+            return Verdict(False, f"With experts that nobody chose it stopped with {type(error).__name__}: {error}.")
+        if lengths != [4, 4]:
+            return Verdict(False, f"Experts that nobody chose have a 0: four numbers in each list, not {lengths[0]}.")
         return Verdict(True, "Importance asks how loud an expert is, load how busy: only load makes a machine wait.")
     if _same(importance, right_load) and _same(load, right):
         return Verdict(False, "The right lists in the wrong order: importance first.")

@@ -111,7 +111,11 @@ def _what_is_wrong(request: Request, error: RequestValidationError) -> Refused:
         why = errors[0].get("ctx", {}).get("error", "")
         return Refused(400, f"The body is not JSON: {why} at character {errors[0]['loc'][-1]}.", "invalid_json")
     if isinstance(error.body, bytes) and "json" not in kind:
-        return Refused(415, f"The Content-Type is {kind or 'missing'}, but it must be application/json.", "not_json")
+        return Refused(
+            415,
+            f"The Content-Type is {kind or 'missing'}, but must be application/json (curl: -H 'Content-Type: application/json').",
+            "not_json",
+        )
     details = [
         Detail(loc=_place(one["loc"]), msg=one["msg"].removeprefix("Value error, "), type=one["type"])
         for one in errors[:MOST_DETAILS]
