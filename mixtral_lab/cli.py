@@ -196,7 +196,10 @@ def _print_what_fits(
 
 @command
 def chat(
-    model: Model = "mini-mixtral",
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder, a GGUF file, a run of finetune, or mini-mixtral or mini-mistral."),
+    ] = "mini-mixtral",
     system: Annotated[str | None, typer.Option(help="A message that sets the tone before the first question.")] = None,
     new: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -327,7 +330,7 @@ def finetune(
     )
     if not found.finished:
         out.print(f"Stopped after step {found.step} of {found.steps}: the same command with --resume goes on.")
-    out.print(Text(f"Adapter: {folder}   (mixtral-lab chat --model {folder})"))
+    out.print(Text(f"Adapter: {folder}   (mixtral-lab chat {folder})"))
 
 
 @command

@@ -327,9 +327,9 @@ class TestPipe:
         [
             (["--new", "3"], "/foo\n", 1, "There is no command /foo"),
             (["--new", "3"], f"{WHO}\n/quit\nmore\n", 0, ""),
-            (["--model", "no-such"], "", 1, "Bundled models are"),
+            (["no-such"], "", 1, "Bundled models are"),
             (["--top-p", "0"], "", 1, "top_p is 0"),
-            (["--model", "mini-mistral", "--new", "3"], f"{WHO}\n/route\n", 1, "dense model"),
+            (["mini-mistral", "--new", "3"], f"{WHO}\n/route\n", 1, "dense model"),
         ],
     )
     def test_exit_status(self, words, typed, code, says):

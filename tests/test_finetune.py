@@ -283,7 +283,16 @@ def test_split_is_a_partition_and_repeatable(examples):
     assert len(held) == 3 and sorted(map(hash, train + held)) == sorted(map(hash, examples))
     assert tuning.split(examples, 0.3, seed=4) == (train, held)
     assert len(tuning.split(examples, 0.001, 0)[1]) == 1
-    for few, share in ((examples[:1], 0.1), (examples, 0.99), (examples, 0.0), (examples, 1.5)):
+    thrice = [example for example in examples for _ in range(3)]
+    train, held = tuning.split(thrice, 0.3, seed=4)
+    assert len(held) == 3 and len(train) == 3 * (len(examples) - 3) and not set(train) & set(held)
+    for few, share in (
+        (examples[:1], 0.1),
+        (examples[:1] * 5, 0.2),
+        (examples, 0.99),
+        (examples, 0.0),
+        (examples, 1.5),
+    ):
         with pytest.raises(DataError):
             tuning.split(few, share, 0)
 
@@ -474,10 +483,21 @@ def test_a_damaged_state_is_one_sentence(damage, lab, examples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"clip": -1.0}, {"seed": -1}]
+    ("changes", "says"),
+    [
+        ({"epochs": 0}, "epochs is 0, but it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, but it must be at least 1"),
+        ({"evaluate_every": 0}, "evaluate_every is 0, but it must be at least 1"),
+        ({"lr": 0.0}, "lr is 0.0, but it must be above 0"),
+        ({"lr": float("nan")}, "lr is nan, but it must be above 0"),
+        ({"lr": float("inf")}, "lr is infinite"),
+        ({"clip": -1.0}, "clip is -1.0, but it must be above 0"),
+        ({"seed": -1}, "seed is -1, but it must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, but it must be at least 0"),
+    ],
 )
-def test_recipes_that_cannot_be(changes):
-    with pytest.raises(FineTuningError, match="must be above 0"):
+def test_recipes_that_cannot_be(changes, says):
+    with pytest.raises(FineTuningError, match=says):
         Recipe(**changes)
 
 
@@ -572,7 +592,7 @@ def test_nothing_of_the_users_is_overwritten(model, data, tmp_path):
     ("more", "message"),
     [
         (("--no-attention", "--no-experts"), "some or all of them, but it was asked for nothing"),
-        (("--lr", "0"), "must be above 0"),
+        (("--lr", "0"), "lr is 0.0, but it must be above 0"),
         (("--held-out-share", "1"), "must lie between 0 and 1"),
         (("--held-out", "nowhere.jsonl"), "nowhere.jsonl cannot be read"),
         (("--length", "5"), "a conversation may have 5"),

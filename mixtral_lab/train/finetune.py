@@ -220,17 +220,21 @@ def _weighted(learned: Sequence[bool], weights: Sequence[Any]) -> list[bool]:
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Deal out conversations: the larger part to learn from, `share` of them (at least one) held out.
 
-    Raises `DataError` if nothing would be left to learn from.
+    A conversation that stands there several times is dealt out once: what is held out is never learned. Raises
+    `DataError` if nothing would be left to learn from.
     """
     if not 0 < share < 1:
         raise DataError(f"A share of {share} cannot be held out: it must lie between 0 and 1.")
-    order = np.random.default_rng((seed, 1)).permutation(len(examples)).tolist()
-    held_out = max(1, round(share * len(examples)))
-    if held_out >= len(examples):
+    different = list(dict.fromkeys(examples))
+    order = np.random.default_rng((seed, 1)).permutation(len(different)).tolist()
+    n = max(1, round(share * len(different)))
+    if n >= len(different):
         raise DataError(
-            f"Of {len(examples)} conversation{'s' * (len(examples) > 1)}, {held_out} would be held out and none learned: give more."
+            f"Of {len(different)} different conversation{'s' * (len(different) > 1)}, {n} would be held out and none learned: "
+            "give more."
         )
-    return [examples[i] for i in sorted(order[held_out:])], [examples[i] for i in sorted(order[:held_out])]
+    held_out = dict.fromkeys(different[i] for i in sorted(order[:n]))
+    return [example for example in examples if example not in held_out], list(held_out)
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -250,9 +254,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = (self.epochs, self.batch_size, self.accumulate, self.evaluate_every or 1)
-        if min(counts) < 1 or self.seed < 0 or not (0 < self.lr < math.inf and self.clip > 0 <= self.weight_decay):
-            raise FineTuningError(f"A recipe's counts and rates must be above 0, but this one is {self}.")
+        for name, value in asdict(self).items():
+            least = {"seed": 0, "weight_decay": 0, "lr": 0, "clip": 0}.get(name, 1)
+            above = name in ("lr", "clip")
+            if value is not None and not (value > least if above else value >= least):
+                raise FineTuningError(f"{name} is {value}, but it must be {'above' if above else 'at least'} {least}.")
+        if self.lr == math.inf:
+            raise FineTuningError("lr is infinite: it must be a number.")
 
 
 class Finetuned(NamedTuple):
