@@ -27,7 +27,14 @@ def check_rms_norm(answer: Callable[[Tensor, Tensor, float], object]) -> Verdict
             return Verdict(None, "The function still returns None.")
         got = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
     except Exception as error:
-        return _stopped(error)
+        stopped = _stopped(error)
+        if "must match the size" not in str(error):
+            return stopped
+        return Verdict(
+            False,
+            f"{stopped.message} The usual slip is a mean without `keepdim=True`: it has shape (seq,), and only (seq, 1) "
+            "can divide the rows it comes from.",
+        )
     if got.shape != x.shape:
         return Verdict(False, f"The result must have x's shape, {tuple(x.shape)}, but has {tuple(got.shape)}.")
     squares = x.square().mean(-1, keepdim=True)
@@ -36,6 +43,10 @@ def check_rms_norm(answer: Callable[[Tensor, Tensor, float], object]) -> Verdict
     mistakes = {
         "`weight` is missing: multiply each of the dim numbers by its own.": x / (squares + eps).sqrt(),
         "`eps` is missing: add it to the mean of the squares, before the root.": x / squares.sqrt() * weight,
+        "`eps` is an argument here: do not write 1e-5 into your code.": x / (squares + 1e-5).sqrt() * weight,
+        "`var` takes the mean away first: RMSNorm needs the mean of the squares themselves.": x
+        / (x.var(-1, keepdim=True) + eps).sqrt()
+        * weight,
         "`eps` stands outside the root: add it to the mean of the squares, then take the root.": x
         / (squares.sqrt() + eps)
         * weight,
