@@ -83,7 +83,9 @@ def test_the_command_writes_the_text_and_the_trace_of_one_process(tmp_path):
 def test_a_study_by_several_processes_is_the_study_of_one(tmp_path, monkeypatch):
     """Four texts, shared by two and by three; the report and every table are the same, byte by byte."""
     monkeypatch.setenv("BROWSER_PATH", "/nowhere")  # no PNG files: they take long
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what torchrun gives several processes, but not one alone: logits differ by it
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # what torchrun gives several processes, but not one alone: logits differ by it
     texts, folders = tmp_path / "texts", {size: tmp_path / str(size) for size in (1, 2, 3)}
     for at, domain in enumerate(("code", "code", "prose", "prose")):
         (texts / domain).mkdir(parents=True, exist_ok=True)
