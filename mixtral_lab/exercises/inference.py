@@ -22,6 +22,12 @@ def check_intensity(answer: Callable[[int, int, int, int], object]) -> Verdict:
         if _near(got, right):
             continue
         mistakes = {
+            f"`size` is {size} here, and your function takes 4: use the argument.": math.nan
+            if size == 4
+            else operations / (4 * (matrix + moved)),
+            "You multiply by the sum of the counts: put brackets around `size` times the sum, the whole divisor.": operations
+            / size
+            * (matrix + moved),
             "That is bytes for each operation: turn it over.": 1 / right,
             "Half of it is missing: each number is multiplied *and* added, two operations.": right / 2,
             "You divided by how many numbers there are: each takes `size` bytes.": right * size,
@@ -50,7 +56,7 @@ def check_intensity(answer: Callable[[int, int, int, int], object]) -> Verdict:
 
 def check_experts_awake(answer: Callable[[int, int, int], object]) -> Verdict:
     """A function from experts, choices and tokens to how many experts of a layer are chosen at all, by chance."""
-    for experts, choices, tokens in ((8, 2, 4), (8, 2, 1), (8, 2, 16), (64, 6, 10)):
+    for experts, choices, tokens in ((8, 2, 3), (8, 2, 1), (8, 2, 16), (64, 6, 10)):
         missed = (1 - choices / experts) ** tokens
         right = experts * (1 - missed)
         got = _number(partial(answer, experts, choices, tokens))
@@ -89,7 +95,7 @@ def check_nucleus(answer: Callable[[list[float], float], object]) -> Verdict:
     )
     for chances, p in cases:
         order = sorted(range(len(chances)), key=lambda token: -chances[token])
-        n = next(n for n in range(1, len(order) + 1) if sum(chances[t] for t in order[:n]) >= p)
+        n = _reached([chances[token] for token in order], p)
         kept = order[:n]
         total = sum(chances[token] for token in kept)
         try:
@@ -110,6 +116,10 @@ def check_nucleus(answer: Callable[[list[float], float], object]) -> Verdict:
             if all(math.isclose(got[token], chances[token], abs_tol=1e-3) for token in kept):
                 return Verdict(
                     False, f"{case} you keep the right tokens, but what is left must sum to 1: divide by {total:g}."
+                )
+            if all(math.isclose(got[token], chances[token] / p, abs_tol=1e-3) for token in kept):
+                return Verdict(
+                    False, f"{case} you divide by p: divide by what the kept tokens hold together, {total:g}, to get 1."
                 )
             return Verdict(False, f"{case} the tokens are right, their probabilities are not.")
         if not got:
@@ -132,10 +142,20 @@ def check_nucleus(answer: Callable[[list[float], float], object]) -> Verdict:
                 f"{case} you keep the first tokens of the list, or their places after sorting: go by probability, "
                 "and name tokens by their place in the list given.",
             )
+        if set(got) == set(range(_reached(chances, p))):
+            return Verdict(
+                False,
+                f"{case} you take the tokens in the order of the list: sort them first, the likeliest to the front.",
+            )
         if set(got) == set(order[-len(kept) :]):
             return Verdict(False, f"{case} you begin with the least likely: sort the other way round.")
         return Verdict(False, f"{case} the tokens {sorted(kept)} are kept, not {sorted(got)}.")
     return Verdict(True, "The fewest tokens that hold p, and one unit of probability shared among them.")
+
+
+def _reached(chances: list[float], p: float) -> int:
+    """How many of the list, from its front, hold at least p."""
+    return next(n for n in range(1, len(chances) + 1) if sum(chances[:n]) >= p)
 
 
 def _number(ask: Callable[[], object]) -> float | Verdict:
