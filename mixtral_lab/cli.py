@@ -314,7 +314,6 @@ def finetune(
     settings = LoRA(rank, alpha, tuple(part for part, on in switches.items() if on))
     recipe = tuning.Recipe(epochs, batch_size, accumulate, lr, evaluate_every=evaluate_every, seed=seed)
     tuning.check_folder(folder, resume)  # before a large model is loaded
-    base = tuning.base_name(model)
     with err.status("loading"):
         lab = mixtral_lab.load(model, device=device, dtype=dtype)
     longest = min(length or lab.config.context, lab.config.context)
@@ -323,7 +322,7 @@ def finetune(
         measured = tuning.read_conversations(held_out, lab.tokenizer, longest)
     else:
         examples, measured = tuning.split(examples, held_out_share, seed)
-    found = tuning.finetune(lab, examples, measured, folder, settings, recipe, base, resume)
+    found = tuning.finetune(lab, examples, measured, folder, settings, recipe, resume=resume)
     out.print(
         f"Held-out loss: {found.loss_before:.3f} nats per token before, {found.best_loss:.3f} at best, after step "
         f"{found.best_step} of {found.steps}."

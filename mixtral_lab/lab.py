@@ -43,15 +43,19 @@ Message = Mapping[str, str]  # {"role": "user", "content": "Hello"}
 
 
 class Lab:
-    """A model and its tokenizer. `model` is a plain `nn.Module`; everything else here is a way to use it."""
+    """A model and its tokenizer. `model` is a plain `nn.Module`; everything else here is a way to use it.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str) -> None:
+    `source` is what `load` opens this very model by, a bundled name or a whole path; None if no file holds it.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, name: str, source: str | None = None) -> None:
         if tokenizer.vocab > model.config.vocab:
             raise CheckpointError(
                 f"The tokenizer has {tokenizer.vocab} tokens but the model only {model.config.vocab}: "
                 "they do not belong together."
             )
         self.model, self.tokenizer, self.name = model, tokenizer.up_to(model.config.vocab), name
+        self.source = source
         self._decode: Decode = decode
 
     @property
@@ -357,6 +361,7 @@ def load(
             raise AdapterError(f"{path} is an adapter, not a model: merge it first (mixtral-lab merge).")
         return load(base_of(where), device, dtype, experts, resident, quantize, share, adapter=where)
     name = str(path).removeprefix("data/")
+    source: str | None = str(where.resolve()) if where.exists() else name
     if not where.exists():
         if name in bundled.MODELS:
             where = bundled.folder(name)
@@ -385,5 +390,5 @@ def load(
         tokenizer = load_tokenizer(where)
     if adapter is not None:
         merge(model, load_adapter(adapter, model.config))
-        name += f" + {Path(adapter).resolve().name}"
-    return Lab(model, tokenizer, name)
+        name, source = f"{name} + {Path(adapter).resolve().name}", None
+    return Lab(model, tokenizer, name, source)

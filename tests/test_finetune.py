@@ -46,7 +46,7 @@ def tokenizer():
 def tiny(tokenizer) -> Lab:
     model = Transformer(TINY)
     initialise(model, seed=3)
-    return Lab(model.eval().requires_grad_(False), tokenizer, "tiny")
+    return Lab(model.eval().requires_grad_(False), tokenizer, "tiny", "tiny")
 
 
 @pytest.fixture
@@ -583,9 +583,20 @@ def test_nothing_of_the_users_is_overwritten(model, data, tmp_path):
     assert "holds a run already: go on with it (--resume)" in run(*command, "--out", tmp_path / "run", code=1)
     assert files(tmp_path / "run") == before
     assert "is there already" in run("merge", tmp_path / "run", "--out", mine, code=1)
-    assert "is an adapter, not a model" in run(
+    assert "merge its adapter first" in run(
         "finetune", tmp_path / "run", "--data", data, "--out", tmp_path / "b", code=1
     )
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_finds_the_folder_that_its_model_was_loaded_from(model, examples, tmp_path):
+    lab = mixtral_lab.load(model, device="cpu")
+    finetune(lab, examples[:8], examples[8:], tmp_path / "run", MINE, FAST)
+    adapted = mixtral_lab.load(tmp_path / "run", device="cpu")
+    assert lab.source == str(model.resolve()) == lora.base_of(tmp_path / "run") and adapted.source is None
+    with pytest.raises(tuning.FineTuningError, match="No file holds"):
+        finetune(adapted, examples[:8], examples[8:], tmp_path / "more", MINE, FAST)
+    assert mixtral_lab.load("data/mini-mistral").source in ("mini-mistral", str(Path("data/mini-mistral").resolve()))
 
 
 @pytest.mark.parametrize(
@@ -619,7 +630,9 @@ def test_bad_data_and_unknown_models_at_the_command(model, tmp_path):
 def test_a_dense_model_has_no_router(tmp_path, tokenizer, examples):
     dense = Transformer(replace(TINY, n_experts=None, n_choices=None))
     with pytest.raises(lora.AdapterError, match="has no router"):
-        finetune(Lab(dense.eval(), tokenizer, "dense"), examples[:8], examples[8:], tmp_path / "run", MINE, FAST)
+        finetune(
+            Lab(dense.eval(), tokenizer, "dense", "dense"), examples[:8], examples[8:], tmp_path / "run", MINE, FAST
+        )
     assert not (tmp_path / "run").exists()
 
 

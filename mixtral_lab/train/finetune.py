@@ -40,7 +40,6 @@ from mixtral_lab.lora import (
     LoRA,
     attached,
     base_of,
-    is_adapter,
     new_adapter,
     save_adapter,
     with_tensors,
@@ -362,13 +361,18 @@ def finetune(
     """Train an adapter on the examples, and keep the one with the lowest loss on those held out.
 
     `settings` and `recipe` are `LoRA()` and `Recipe()` if not given; `base` is the name or path of the model that the adapter
-    is for (`lab.name`, if not given). The lab's model computes as before when this returns. Ctrl-C ends the run after the step
+    is for (`lab.source`, if not given). The lab's model computes as before when this returns. Ctrl-C ends the run after the step
     at hand and saves it; `resume=True` goes on from there. On a CPU with as many threads, the result is then
     the same bit for bit. Raises `FineTuningError` if the folder holds anything but this very run, or if the loss stops
     being a number; `AdapterError` if the model cannot take the adapter.
     """
     settings, recipe, folder = settings or LoRA(), recipe or Recipe(), Path(folder)
-    base = base or lab.name
+    base = base or lab.source
+    if base is None:
+        raise FineTuningError(
+            f"No file holds {lab.name} as it is: merge its adapter first (mixtral-lab merge), or say as `base` which model "
+            "the new adapter is for."
+        )
     asked = {
         "model": base,
         "shape": asdict(lab.config),
@@ -510,17 +514,6 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
     for array in arrays:
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
-
-
-def base_name(model: str) -> str:
-    """How an adapter shall name its model: a bundled model by its name, files by their whole path.
-
-    Raises `FineTuningError` for an adapter: what comes of it would need two.
-    """
-    path = Path(model).expanduser()
-    if is_adapter(path):
-        raise FineTuningError(f"{model} is an adapter, not a model: merge it first (mixtral-lab merge).")
-    return str(path.resolve()) if path.exists() else model
 
 
 def save_merged(adapter: str | Path, folder: str | Path, model: str | None = None, dtype: str = "stored") -> Path:
