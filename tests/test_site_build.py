@@ -100,6 +100,13 @@ def test_the_first_page_has_the_map_and_the_words_of_the_first_lesson():
         build_site.section(first, "Nothing")
 
 
+def test_marks_for_the_tests_are_not_shown(pages, tmp_path):
+    cells = new_markdown_cell("# Title\nText."), new_code_cell("# NBVAL_CHECK_OUTPUT\nprint(1)")
+    pages.lesson(lesson(tmp_path, *cells), [[]])
+    shown = nbformat.read(tmp_path / "pages" / "notebooks" / "01_meet_the_router.ipynb", 4)
+    assert shown.cells[1].source == "print(1)" and "# Title" in shown.cells[0].source
+
+
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     theirs = tmp_path / "site"
     theirs.mkdir()

@@ -31,6 +31,7 @@ ROOT = HERE.parents[1]
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 MADE = ".made-by-make-site"
 FIGURE = "application/vnd.plotly.v1+json"
+CHECKED = "# NBVAL_CHECK_OUTPUT\n"  # says to `make test` that this cell's output is always the same
 START = "import sys\nsys.path.insert(0, {here!r})\nimport embed\nembed.for_site({name!r}, {folder!r})\ndel sys.path[0]"
 # Code as it stands, or a link to a page or file of the repository.
 LINK = re.compile(
@@ -183,6 +184,7 @@ class Pages:
             if cell.cell_type == "markdown":
                 cell.source = self.linked(cell.source, "notebooks")
             else:
+                cell.source = cell.source.removeprefix(CHECKED)
                 cell.outputs = [nbformat.from_dict(on_a_page(output)) for output in next(given)]
         notebook.metadata.language_info = nbformat.from_dict({"name": "python", "pygments_lexer": "ipython3"})
         title, _, rest = notebook.cells[0].source.partition("\n")
