@@ -21,7 +21,9 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=False)
 
-Model = Annotated[str, typer.Option(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")]
+MODELS = "A checkpoint folder, a GGUF file, a run of finetune, or mini-mixtral, mini-mistral or smolmixtral."
+Model = Annotated[str, typer.Option(help=MODELS)]
+ModelFirst = Annotated[str, typer.Argument(help=MODELS)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
@@ -196,10 +198,7 @@ def _print_what_fits(
 
 @command
 def chat(
-    model: Annotated[
-        str,
-        typer.Argument(help="A checkpoint folder, a GGUF file, a run of finetune, or mini-mixtral or mini-mistral."),
-    ] = "mini-mixtral",
+    model: ModelFirst = "mini-mixtral",
     system: Annotated[str | None, typer.Option(help="A message that sets the tone before the first question.")] = None,
     new: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -231,9 +230,7 @@ def chat(
 @app.command("app")
 @in_one_sentence
 def page(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")
-    ] = "mini-mixtral",
+    model: ModelFirst = "mini-mixtral",
     port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 8866,
     browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")] = True,
     device: Device = "auto",
@@ -247,9 +244,7 @@ def page(
 
 @command
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint folder, a GGUF file, or mini-mixtral or mini-mistral.")
-    ] = "mini-mixtral",
+    model: ModelFirst = "mini-mixtral",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Anything but this machine itself needs a key.")] = "127.0.0.1",
     api_key: Annotated[
