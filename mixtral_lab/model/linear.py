@@ -91,6 +91,14 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def single(x: Tensor) -> bool:
+    """Whether this is one token alone, on a CPU, and nobody wants gradients or a compiled step.
+
+    What is done with it takes less time than PyTorch needs to start an operation, so the fewest operations are the quickest.
+    """
+    return x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def settled(x: Tensor) -> Tensor:
     """The same values; compiled code computes them once, here, and not again wherever they are used.
 
