@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
 TINY = 2**14  # numbers; up to here PyTorch's own product is over before two operations have started
+SWEPT = (torch.float32, torch.bfloat16)  # what a single vector may be, to be multiplied in two sweeps
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 _tuned = True
 
@@ -68,14 +69,14 @@ def linear(
     that fits into a core's cache is read twice as fast by multiplying and summing in two sweeps. In bfloat16 `F.linear`
     is oneDNN's product already, and only the number of rows is rounded up (`ROWS`).
     """
+    if single(x) and _tuned and TINY < weight.numel() < SMALL and x.dtype == weight.dtype and x.dtype in SWEPT:
+        return swept(weight, x.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     if not (_tuned and x.device.type == "cpu" and x.dtype == weight.dtype) or torch.is_grad_enabled():
         return F.linear(x, weight)
     if x.dtype == torch.float32:
-        if rows == 1 and TINY < weight.numel() < SMALL:
-            return (weight * x.view(-1)).sum(-1).view(*x.shape[:-1], -1)
         if (rows < ROWS and weight.numel() < SMALL) or torch.is_autocast_enabled("cpu") or not onednn_works():
             return F.linear(x, weight)
     missing = -rows % ROWS
@@ -83,6 +84,18 @@ def linear(
         return _product(x, weight)
     flat = x.reshape(rows, -1)
     return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def swept(
+    weight: Float[Tensor, "*matrices features_out features_in"], x: Float[Tensor, " features_in"]
+) -> Float[Tensor, "*matrices features_out"]:
+    """One vector times a small matrix, or several, in two sweeps over it, of which the second finds it in the core's cache.
+
+    Float32 multiplies, then sums. From bfloat16 it is first widened: PyTorch's product of wide numbers is quick once they are near.
+    """
+    if weight.dtype == torch.float32:
+        return (weight * x).sum(-1)
+    return torch.mv(weight.float().view(-1, len(x)), x.float()).view(weight.shape[:-1])
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import SMALL, Linear, settled, single
+from mixtral_lab.model.linear import SMALL, SWEPT, Linear, settled, single, swept
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -31,7 +31,6 @@ Sorted = Float[Tensor, "row features_in"]  # the rows of expert 0, then those of
 SortedOut = Float[Tensor, "row features_out"]
 Ends = Int[Tensor, " expert"]
 ALIGNED = 16  # bytes: where the grouped product wants rows and matrices to begin
-IN_PLACE = (torch.float32, torch.bfloat16)
 FEW = 4  # up to so many tokens, running the chosen experts one by one is the quickest
 
 
@@ -176,7 +175,7 @@ class Experts(nn.Module):
 
         Two experts are every n-th of the bank: a slice, which copies nothing.
         """
-        if not single(x) or x.dtype not in IN_PLACE or routing.experts.numel() != 2 or not free_of_hooks(self):
+        if not single(x) or x.dtype not in SWEPT or routing.experts.numel() != 2 or not free_of_hooks(self):
             return None
         first, second = routing.experts.flatten().tolist()
         gate: Any = self.ffn[first].gate
@@ -186,9 +185,13 @@ class Experts(nn.Module):
             return None
         gate, up, down = self.bank
         two = slice(min(first, second), max(first, second) + 1, abs(first - second))
-        weights = routing.weights.flatten()
+        token, weights = x.view(-1), routing.weights.flatten()
         weights = weights if first < second else weights.flip(0)
-        return mix_picked(x.view(-1), weights, gate[two], up[two], down[two]).view_as(x)
+        if x.dtype == torch.float32:
+            return mix_picked(token, weights, gate[two], up[two], down[two]).view_as(x)
+        hidden = F.silu(swept(gate[two], token)) * swept(up[two], token)
+        answers = swept(down[two.start], hidden[0]), swept(down[two.stop - 1], hidden[1])
+        return (answers[0] * weights[0] + answers[1] * weights[1]).to(x.dtype).view_as(x)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
