@@ -178,8 +178,8 @@ class Experts(nn.Module):
         if not single(x) or x.dtype not in SWEPT or routing.experts.numel() != 2 or not free_of_hooks(self):
             return None
         first, second = routing.experts.flatten().tolist()
-        gate: Any = self.ffn[first].gate
-        if type(gate) is not Linear or gate.weight.numel() >= SMALL or gate.weight.dtype != x.dtype:
+        own: Any = self.ffn[first].gate
+        if type(own) is not Linear or own.weight.numel() >= SMALL or own.weight.dtype != x.dtype:
             return None
         if first == second or not self._has_bank(first, second) or self.bank is None:
             return None
