@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
 TINY = 2**14  # numbers; up to here PyTorch's own product is over before two operations have started
-SWEPT = (torch.float32, torch.bfloat16)  # what a single vector may be, to be multiplied in two sweeps
+SWEPT = {
+    torch.float32: SMALL,
+    torch.bfloat16: 2**17,
+}  # numbers; matrices below are multiplied with one vector in two sweeps
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 _tuned = True
 
@@ -69,7 +72,7 @@ def linear(
     that fits into a core's cache is read up to twice as fast in two sweeps (`swept`), in bfloat16 too. For more rows
     `F.linear` is oneDNN's product already in bfloat16, and only their number is rounded up (`ROWS`).
     """
-    if single(x) and _tuned and TINY < weight.numel() < SMALL and x.dtype == weight.dtype and x.dtype in SWEPT:
+    if single(x) and _tuned and TINY < weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
         return swept(weight, x.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once

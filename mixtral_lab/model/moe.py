@@ -18,7 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import SMALL, SWEPT, Linear, settled, single, swept
+from mixtral_lab.model.linear import SWEPT, Linear, settled, single, swept
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -175,11 +175,11 @@ class Experts(nn.Module):
 
         Two experts are every n-th of the bank: a slice, which copies nothing.
         """
-        if not single(x) or x.dtype not in SWEPT or routing.experts.numel() != 2 or not free_of_hooks(self):
+        if not single(x) or routing.experts.numel() != 2 or not free_of_hooks(self):
             return None
         first, second = routing.experts.flatten().tolist()
         own: Any = self.ffn[first].gate
-        if type(own) is not Linear or own.weight.numel() >= SMALL or own.weight.dtype != x.dtype:
+        if type(own) is not Linear or own.weight.numel() >= SWEPT.get(x.dtype, 0) or own.weight.dtype != x.dtype:
             return None
         if first == second or not self._has_bank(first, second) or self.bank is None:
             return None
