@@ -12,8 +12,9 @@ from mixtral_lab.config import Config, ConfigError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one, attend_plain, visible
 from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable
-from mixtral_lab.model.moe import DISPATCH, Experts, Router, route
+from mixtral_lab.model.moe import DISPATCH, Experts, Router, mix_dense, route
 from mixtral_lab.model.rope import rotate, rotation
+from mixtral_lab.model.transformer import RMSNorm
 
 
 def random_model(config: Config) -> Transformer:
@@ -145,6 +146,41 @@ def test_linear_is_pytorchs_on_every_number_of_rows(rows, size):
     x, weight = torch.randn(*rows, size[0]), torch.randn(size[1], size[0])
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_vector_is_multiplied_as_many_are(dtype):
+    x, weight = torch.randn(1, 1, 200).to(dtype), torch.randn(300, 200).to(dtype)
+    near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.01}
+    with torch.no_grad():
+        for matrix in (weight, weight.T.contiguous().T):
+            torch.testing.assert_close(linear(x, matrix), torch.nn.functional.linear(x, weight), **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_tokens_norm_is_that_of_many(dtype):
+    norm, x = RMSNorm(96, 1e-5).to(dtype), (3 * torch.randn(1, 4, 96)).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        alone = torch.cat([norm(one) for one in x.split(1, dim=1)], dim=1)
+        torch.testing.assert_close(alone, norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_and_its_two_experts_in_one_sweep_are_the_plain_mixture(dtype):
+    torch.manual_seed(0)
+    experts, router = Experts(64, 96, 5).to(dtype), Router(64, 5, 2).to(dtype)
+    experts.lay_out()
+    near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.01, "rtol": 0.03}
+    chosen = set()
+    with torch.no_grad():
+        for x in torch.randn(20, 1, 1, 64).to(dtype):
+            routing = router(x)
+            chosen.add(tuple(routing.experts.flatten().tolist()))
+            found = experts._two_in_place(x, routing)
+            assert found is not None and found.dtype == dtype
+            torch.testing.assert_close(found, mix_dense(x, routing, experts.ffn), **near)
+    assert any(first > second for first, second in chosen) and any(first < second for first, second in chosen)
 
 
 def test_portable_is_plain_pytorch(monkeypatch):

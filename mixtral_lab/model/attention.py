@@ -193,6 +193,20 @@ class FixedCache(RollingCache):
         return self.keys.index_copy_(2, slot, key), self.values.index_copy_(2, slot, value)
 
 
+def in_heads(x: Float[Tensor, "batch seq features"], kv: int, head_dim: int) -> Query:
+    """Numbers side by side as the heads that they are. A single token's stand in this order already."""
+    if x.shape[1] == 1:
+        return x.reshape(len(x), kv, -1, 1, head_dim)
+    return rearrange(x, "batch seq (kv group head_dim) -> batch kv group seq head_dim", kv=kv, head_dim=head_dim)
+
+
+def side_by_side(heads: Query) -> Float[Tensor, "batch seq features"]:
+    """The way back."""
+    if heads.shape[3] == 1:
+        return heads.reshape(len(heads), 1, -1)
+    return rearrange(heads, "batch kv group seq head_dim -> batch seq (kv group head_dim)")
+
+
 class Heads(nn.Module):
     """The sites at which attention's heads are seen one by one."""
 
@@ -225,14 +239,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch seq dim"]:
         """`mask` is needed where the texts of a batch differ in length, and by the plain definition."""
         kv, head_dim = self.n_kv_heads, self.head_dim
-        query = rearrange(
-            self.query(x),
-            "batch seq (kv group head_dim) -> batch kv group seq head_dim",
-            kv=kv,
-            head_dim=head_dim,
-        )
-        key = rearrange(self.key(x), "batch seq (kv head_dim) -> batch kv 1 seq head_dim", kv=kv)
-        value = rearrange(self.value(x), "batch seq (kv head_dim) -> batch kv seq head_dim", kv=kv)
+        query = in_heads(self.query(x), kv, head_dim)
+        key, value = in_heads(self.key(x), kv, head_dim), in_heads(self.value(x), kv, head_dim)[:, :, 0]
         turned = rotate(torch.cat((query, key), dim=2), turn)  # keys turn as the queries of their group do
         query, key = self.heads.query(turned[:, :, :-1]), self.heads.key(turned[:, :, -1])
         value = self.heads.value(value)
@@ -250,5 +258,4 @@ class Attention(nn.Module):
             out = attend_one(query, key, value)
         else:
             out = attend_banded(query, key, value, self.window)
-        out = self.heads.out(out)
-        return self.output(rearrange(out, "batch kv group seq head_dim -> batch seq (kv group head_dim)"))
+        return self.output(side_by_side(self.heads.out(out)))

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
 TINY = 2**14  # numbers; up to here PyTorch's own product is over before two operations have started
+SWEPT = {
+    torch.float32: SMALL,
+    torch.bfloat16: 2**17,
+}  # numbers; matrices below are multiplied with one vector in two sweeps
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 _tuned = True
 
@@ -61,23 +65,23 @@ def pack(model: nn.Module) -> int:
 def linear(
     x: Float[Tensor, "*rows features_in"], weight: Float[Tensor, "features_out features_in"]
 ) -> Float[Tensor, "*rows features_out"]:
-    """Multiply by a weight matrix. Float32 inference on a CPU takes one of two shorter roads where they pay.
+    """Multiply by a weight matrix. Inference on a CPU takes one of two shorter roads where they pay.
 
     PyTorch's float32 product on some processors (AMD among them) runs at half the speed of oneDNN's. That operator is
     private to PyTorch, so `onednn_works` tries it once and `F.linear` stays the way back. And for a single row, a matrix
-    that fits into a core's cache is read twice as fast by multiplying and summing in two sweeps. In bfloat16 `F.linear`
-    is oneDNN's product already, and only the number of rows is rounded up (`ROWS`).
+    that fits into a core's cache is read up to twice as fast in two sweeps (`swept`), in bfloat16 too. For more rows
+    `F.linear` is oneDNN's product already in bfloat16, and only their number is rounded up (`ROWS`).
     """
+    if single(x) and _tuned and TINY < weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
+        return swept(weight, x.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     if not (_tuned and x.device.type == "cpu" and x.dtype == weight.dtype) or torch.is_grad_enabled():
         return F.linear(x, weight)
-    if x.dtype == torch.float32:
-        if rows == 1 and TINY < weight.numel() < SMALL:
-            return (weight * x.view(-1)).sum(-1).view(*x.shape[:-1], -1)
-        if (rows < ROWS and weight.numel() < SMALL) or torch.is_autocast_enabled("cpu") or not onednn_works():
-            return F.linear(x, weight)
+    few = rows < ROWS and weight.numel() < SMALL
+    if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu") or not onednn_works()):
+        return F.linear(x, weight)
     missing = -rows % ROWS
     if rows < ROWS or not missing:
         return _product(x, weight)
@@ -85,10 +89,31 @@ def linear(
     return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
 
 
+def swept(
+    weight: Float[Tensor, "*matrices features_out features_in"], x: Float[Tensor, " features_in"]
+) -> Float[Tensor, "*matrices features_out"]:
+    """One vector times a small matrix, or several, in two sweeps over it, of which the second finds it in the core's cache.
+
+    Float32 multiplies, then sums. Bfloat16 is widened, then multiplied as float32, whose product needs no oneDNN to start up.
+    The result is float32.
+    """
+    if weight.dtype == torch.float32:
+        return (weight * x).sum(-1)
+    return torch.mv(weight.float().flatten(0, -2), x.float()).view(weight.shape[:-1])
+
+
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
+
+
+def single(x: Tensor) -> bool:
+    """Whether this is one token alone, on a CPU, and nobody wants gradients or a compiled step.
+
+    What is done with it takes less time than PyTorch needs to start an operation, so the fewest operations are the quickest.
+    """
+    return x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def settled(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import SMALL, Linear, settled
+from mixtral_lab.model.linear import SWEPT, Linear, settled, single, swept
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -175,28 +175,23 @@ class Experts(nn.Module):
 
         Two experts are every n-th of the bank: a slice, which copies nothing.
         """
-        if (
-            x.numel() > x.shape[-1]
-            or routing.experts.numel() != 2
-            or x.dtype != torch.float32
-            or x.device.type != "cpu"
-        ):
-            return None
-        gate = self.swiglus[0].gate
-        if (
-            type(gate) is not Linear
-            or gate.weight.numel() >= SMALL
-            or torch.is_grad_enabled()
-            or not free_of_hooks(self)
-        ):
+        if not single(x) or routing.experts.numel() != 2 or not free_of_hooks(self):
             return None
         first, second = routing.experts.flatten().tolist()
-        if first == second or not self._has_bank(first, second):
+        own: Any = self.ffn[first].gate
+        if type(own) is not Linear or own.weight.numel() >= SWEPT.get(x.dtype, 0) or own.weight.dtype != x.dtype:
             return None
+        if first == second or not self._has_bank(first, second) or self.bank is None:
+            return None
+        gate, up, down = self.bank
         two = slice(min(first, second), max(first, second) + 1, abs(first - second))
-        weights = routing.weights.flatten()
+        token, weights = x.view(-1), routing.weights.flatten()
         weights = weights if first < second else weights.flip(0)
-        return mix_picked(x.flatten(), weights, *(part[two] for part in self.bank or ())).view_as(x)
+        if x.dtype == torch.float32:
+            return mix_picked(token, weights, gate[two], up[two], down[two]).view_as(x)
+        hidden = F.silu(swept(gate[two], token)) * swept(up[two], token)
+        answers = swept(down[two.start], hidden[0]), swept(down[two.stop - 1], hidden[1])
+        return (answers[0] * weights[0] + answers[1] * weights[1]).to(x.dtype).view_as(x)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
@@ -224,13 +219,9 @@ class Experts(nn.Module):
 
     def _has_bank(self, *chosen: int) -> bool:
         """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again."""
-        if self.bank is not None:
-            for expert in chosen:
-                swiglu: Any = self.ffn[expert]
-                held = (swiglu.gate.weight, swiglu.up.weight, swiglu.down.weight)
-                if any(part[expert].data_ptr() != w.data_ptr() for part, w in zip(self.bank, held, strict=True)):
-                    self.bank, self._sought = None, False
-                    break
+        for expert in chosen:
+            if self.bank is not None and not self.bank.holds(expert, self.ffn[expert]):
+                self.bank, self._sought = None, False
         if not self._sought:
             self.bank, self._sought = bank(self.swiglus), True
         return self.bank is not None
@@ -242,6 +233,15 @@ class Bank(NamedTuple):
     gate: Float[Tensor, "expert hidden dim"]
     up: Float[Tensor, "expert hidden dim"]
     down: Float[Tensor, "expert dim hidden"]
+
+    def holds(self, expert: int, swiglu: Any) -> bool:
+        """Whether the expert's weights, which may have been replaced since, are those that lie here."""
+        gate, up, down = self
+        return (
+            swiglu.gate.weight.data_ptr() == gate.data_ptr() + expert * gate.stride(0) * gate.itemsize
+            and swiglu.up.weight.data_ptr() == up.data_ptr() + expert * up.stride(0) * up.itemsize
+            and swiglu.down.weight.data_ptr() == down.data_ptr() + expert * down.stride(0) * down.itemsize
+        )
 
     # What an expert does, for the rows of all experts in turn; expert e's end at `ends[e]`.
 

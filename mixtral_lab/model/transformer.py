@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
-from mixtral_lab.model.linear import Linear, linear, settled
+from mixtral_lab.model.linear import Linear, linear, settled, single
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation
 from mixtral_lab.model.site import Site, watched
@@ -29,7 +29,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        scale: Tensor | float
+        if single(x):
+            token = wide.view(-1)
+            scale = (token.dot(token).item() / len(token) + self.eps) ** -0.5
+        else:
+            scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
 
 
