@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_lab.config import PRESETS
 from mixtral_lab.exercises.verdict import Verdict, judged
@@ -74,6 +75,10 @@ def check_low_rank(answer: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -
     x, weight, into, out = (torch.randn(*s, generator=generator) for s in ((3, 6), (5, 6), (2, 6), (5, 2)))
     try:
         got = answer(x, weight, into, out)
+        with FlopCounterMode(
+            display=False
+        ) as counter:  # one row: the thin products are 52 multiplications, the sum matrix 90
+            answer(x[:1], weight, into, out)
     except Exception as error:
         return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
     if got is None:
@@ -82,6 +87,12 @@ def check_low_rank(answer: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -
         found = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"{got!r}"
         return Verdict(False, f"For 3 rows of 6 numbers and a weight of 5 x 6, return 3 rows of 5, not {found}.")
     plain, narrow = x @ weight.T, x @ into.T @ out.T
+    if torch.allclose(got, plain + narrow, atol=1e-4) and counter.get_total_flops() > 2 * 52:
+        return Verdict(
+            False,
+            "The numbers are right, but `out @ into` is a matrix as large as `weight`: multiply `x` with `into` first, and "
+            "what comes of it with `out`.",
+        )
     return judged(
         got,
         plain + narrow,
