@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from io import StringIO
@@ -91,9 +92,9 @@ def deeper(model: Transformer, layers: int) -> Transformer:
     for name, child in list(model.named_children()):
         if name != "layers":
             setattr(found, name, child)
-    for at, block in enumerate(found.layers):
-        stored = model.layers[at % model.config.n_layers]
-        block.load_state_dict(stored.state_dict(), assign=True)
+    held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}  # not copied
+    for at in range(layers):
+        found.layers[at] = deepcopy(model.layers[at % model.config.n_layers], dict(held))
     return found.requires_grad_(False).eval()
 
 

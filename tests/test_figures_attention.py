@@ -63,5 +63,5 @@ def test_angles_and_reach_are_those_given():
     np.testing.assert_allclose(np.array(rotary_angles(cosines, 10.0).data[0].z), cosines)
     distance = np.array([[1.0, 20.4], [3.6, 0.0]])
     (heat,) = attention_reach(distance, group=2).data
-    np.testing.assert_allclose(np.array(heat.z), distance)
-    assert [list(row) for row in heat.text] == [["1", "20"], ["4", "0"]]
+    np.testing.assert_allclose(np.array(heat.z), distance[::-1])  # layer 0 is at the bottom
+    assert [list(row) for row in heat.text] == [["4", "0"], ["1", "20"]]

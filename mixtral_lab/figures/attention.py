@@ -125,22 +125,23 @@ def attention_patterns(
 def attention_reach(
     distance: Float[np.ndarray, "layer head"], group: int = 1, model: str = "", dtype: str = ""
 ) -> go.Figure:
-    """How many tokens back each head looks on average: a row per layer, a column per head."""
+    """How many tokens back each head looks on average: a row per layer, layer 0 at the bottom, a column per head."""
     layers, heads = distance.shape
     if heads % group:
         raise FigureError(f"{heads} heads do not make groups of {group}.")
+    rows = distance[::-1]
     heat = heat_panels(
-        distance[None],
+        rows[None],
         ["tokens back, on average"],
-        [str(layer) for layer in range(layers)],
+        [str(layer) for layer in reversed(range(layers))],
         [f"{head}" for head in range(heads)],
         row_title="layer",
         column_title="query head" + (f" (each {group} neighbours share a kv head)" if group > 1 else ""),
         hover="layer {row}, head {column}: {value} tokens back<extra></extra>",
         percent=False,
-        written=distance[None],
+        written=rows[None],
     )
-    heat.figure.update_traces(text=[[f"{value:.0f}" for value in row] for row in distance], texttemplate="%{text}")
+    heat.figure.update_traces(text=[[f"{value:.0f}" for value in row] for row in rows], texttemplate="%{text}")
     heat.figure.update_layout(coloraxis_colorbar_tickformat=".0f")
     return framed(
         heat.figure,

@@ -99,8 +99,8 @@ def ripple(
     """How much every position of every layer changed after one token was replaced: white where nothing changed at all.
 
     `change` is 0 or more; its powers of ten are coloured. `start` is the replaced token's position, and `reach[layer]` says
-    how many positions further a change can be seen after that layer: the black stairs. Raises `FigureError` if nothing
-    changed. Source: Mistral 7B (arXiv 2310.06825, Figure 1).
+    how many positions further a change can be seen after that layer: the black stairs. Layer 0 is at the
+    bottom. Raises `FigureError` if nothing changed. Source: Mistral 7B (arXiv 2310.06825, Figure 1).
     """
     change = np.asarray(change, dtype=float)
     if not (change > 0).any():
@@ -129,7 +129,7 @@ def ripple(
     )  # fmt: skip
     quiet = {"ticks": "", "showgrid": False, "zeroline": False, "fixedrange": True}
     fig.update_xaxes(title="position", range=[start - 0.5, change.shape[1] - 0.5], **quiet)
-    fig.update_yaxes(title="after layer", dtick=1, range=[len(change) - 0.5, -0.5], **quiet)
+    fig.update_yaxes(title="after layer", dtick=1, range=[-0.5, len(change) - 0.5], **quiet)
     return framed(
         fig,
         f"How far one replaced token reaches: {maker(model, dtype)}",
