@@ -21,6 +21,11 @@ def common(a, b):
     return bool(set(a) & set(b))
 
 
+def every_second_pair(chosen):
+    pairs = list(pairwise(chosen))[::2]
+    return sum(common(a, b) for a, b in pairs) / len(pairs)
+
+
 def package_either(chosen):
     _, either, pairs = repetition_counts(np.array([chosen]), 8)[:, 0]
     return either / pairs
@@ -49,10 +54,13 @@ CASES = [
     (check_either, over_pairs(lambda a, b: a[0] == b[0]), False, "first choices alone"),
     (check_either, over_pairs(lambda a, b: a[0] == b[0] or a[1] == b[1]), False, "cross them"),
     (check_either, over_pairs(lambda a, b: set(a) == set(b)), False, "one in common"),
-    (check_either, lambda c: over_pairs(common)(c) * (len(c) - 1) / len(c), False, "divide by 6 tokens"),
+    (check_either, lambda c: over_pairs(common)(c) * (len(c) - 1) / len(c), False, "divide by 7 tokens"),
     (check_either, lambda c: over_pairs(common)(c) * (len(c) - 1), False, "number of pairs"),
     (check_either, over_pairs(lambda a, b: not common(a, b)), False, "nothing in common"),
-    (check_either, lambda c: 0.9, False, "4 of 5 pairs"),
+    (check_either, over_pairs(lambda a, b: len({*a} & {*b})), False, "still counts once"),
+    (check_either, over_pairs(lambda a, b: len({*a} & {*b}) / 2), False, "still counts once"),
+    (check_either, every_second_pair, False, "every second pair"),
+    (check_either, lambda c: 0.9, False, "5 of 6 pairs"),
     (check_either, lambda c: "many", False, "one number"),
     (check_either, lambda c: c[99], False, "IndexError"),
     (check_either, lambda c: float("nan"), False, "not nan"),

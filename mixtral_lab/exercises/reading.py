@@ -10,7 +10,7 @@ from typing import Any
 from mixtral_lab.exercises.verdict import Verdict
 
 STILL_NONE = Verdict(None, "The function still returns None.")
-TEXTS = ([[0, 1], [0, 2], [0, 3], [1, 3], [2, 1], [4, 5]], [[0, 1], [2, 3], [4, 0]], [[1, 2], [2, 1]])
+TEXTS = ([[1, 3], [1, 2], [3, 4], [3, 4], [1, 4], [1, 4], [3, 1]], [[0, 1], [2, 3], [4, 0]], [[1, 2], [2, 1]])
 SHARES = ([0.4, 0.3, 0.2, 0.1], [0.5, 0.25, 0.25, 0.0], [0.125] * 8)
 TABLES = ([[10, 0], [0, 10]], [[6, 2], [1, 3], [4, 8]], [[30, 10], [5, 0]], [[2, 4], [3, 6]])
 
@@ -38,6 +38,11 @@ def check_either(answer: Callable[[list[list[int]]], object]) -> Verdict:
             return Verdict(False, f"{case} you give the share of pairs with nothing in common: subtract it from 1.")
         if _close(got, same):
             return Verdict(False, f"{case} you give the number of pairs: divide it by all {len(pairs)} pairs.")
+        shared = sum(len({*a} & {*b}) for a, b in pairs)
+        if any(_close(got, shared / count) for count in (1, len(pairs), 2 * len(pairs))):
+            return Verdict(False, f"{case} you count the experts in common: a pair that shares both still counts once.")
+        if _close(got, sum(bool({*a} & {*b}) for a, b in pairs[::2]) / len(pairs[::2])):
+            return Verdict(False, f"{case} you take every second pair: a token is a neighbour of both sides.")
         return Verdict(
             False, f"{case} it should be {same} of {len(pairs)} pairs, {same / len(pairs):.3f}, not {got:.3f}."
         )
