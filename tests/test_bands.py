@@ -192,7 +192,8 @@ def test_each_road_is_taken_where_it_pays():
         assert road(255) == {"attend_causal"}
         assert road(255, window=20) == {"by_kernel"}
         assert road(256) == road(256, window=20) == {"together"}
-        assert road(2000) == {"head_by_head"}
+        assert road(2000) == {"together"}
+        assert road(3000) == {"head_by_head"}
         assert road(90, torch.bfloat16) == {"attend_causal"}
         assert road(91, torch.bfloat16) == road(2000, torch.bfloat16) == {"together"}
         assert road(300, grad=True) == {"attend_causal"}

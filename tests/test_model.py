@@ -196,10 +196,10 @@ def test_portable_is_plain_pytorch(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_packed_weights_give_the_same_and_notice_a_change(rows):
-    layer = Linear(256, 320).bfloat16().requires_grad_(False)
+    layer = Linear(256, 640).bfloat16().requires_grad_(False)
     x = torch.randn(rows, 256).bfloat16()
     plain = layer(x)
-    assert pack(layer) == (320 * 256 * 2 if packing_works() else 0)
+    assert pack(layer) == (640 * 256 * 2 if packing_works() else 0)
     torch.testing.assert_close(layer(x), plain, atol=0.02, rtol=0.02)
     layer.weight.mul_(2)
     torch.testing.assert_close(layer(x), plain * 2, atol=0.04, rtol=0.02)
@@ -209,8 +209,9 @@ def test_packed_weights_give_the_same_and_notice_a_change(rows):
     torch.testing.assert_close(layer(x), plain * -4, atol=0.08, rtol=0.02)
 
 
-def test_float32_has_nothing_to_pack():
-    assert pack(Linear(256, 320)) == 0
+def test_float32_and_small_matrices_have_nothing_to_pack():
+    assert pack(Linear(256, 640)) == 0
+    assert pack(Linear(256, 320).bfloat16()) == 0
 
 
 def test_linear_without_onednn_is_the_same(monkeypatch):
