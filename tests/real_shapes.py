@@ -9,7 +9,8 @@ A checkpoint with random weights and Mistral's tokenizer is written, and every c
 `mixtral_lab.load("mini-mixtral")` (of a dense shape: "mini-mistral") opening it. The stored layers are taken in turn until there
 are eight, because lessons speak of layer 5: every layer is a module of its own, some have the same weights. What a lesson
 asserts about trained weights need not hold: such asserts are counted, and listed with --asserts. A cell fails on any other
-error. Ends with status 1 if one did.
+error. (Lesson 15 starts a server, which has the stored layers alone: run it with --places of that number.) Ends with status 1
+if a cell failed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import linecache
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -102,7 +104,7 @@ def deeper(model: Transformer, layers: int) -> Transformer:
 def redirected(folder: Path, config: Config, asked: argparse.Namespace) -> Iterator[None]:
     """While open, the model in the box is this checkpoint, in this dtype, and the excerpts are few and short."""
     name = "mini-mixtral" if config.n_experts else "mini-mistral"
-    load, where, excerpts = mixtral_lab.load, bundled.folder, bundled.excerpts
+    load, where, excerpts, start = mixtral_lab.load, bundled.folder, bundled.excerpts, subprocess.Popen
 
     def other_load(path: Any = "mini-mixtral", device: str = "auto", dtype_asked: str = "auto", **options: Any) -> Any:
         numbers = options.pop("dtype", dtype_asked)
@@ -110,6 +112,12 @@ def redirected(folder: Path, config: Config, asked: argparse.Namespace) -> Itera
         if path == name and options.get("experts") != "offload" and config.n_layers < asked.places:
             lab.model = deeper(lab.model, asked.places)
         return lab
+
+    def other_start(command: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(command, list) and name in command:
+            words = {name: str(folder), "float32": asked.dtype}
+            command = [words.get(word, word) for word in command]
+        return start(command, *rest, **options)
 
     def few() -> dict[str, list[dict]]:
         return {
@@ -125,6 +133,7 @@ def redirected(folder: Path, config: Config, asked: argparse.Namespace) -> Itera
         (bundled, "folder", lambda wanted: folder if wanted == name else where(wanted)),
         (bundled, "excerpts", few),
         (mixtral_lab, "excerpts", few),
+        (subprocess, "Popen", other_start),
     ]
     before = [(place, what, getattr(place, what)) for place, what, _ in changes]
     for place, what, new in changes:
