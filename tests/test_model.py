@@ -276,3 +276,21 @@ def test_published_sizes():
         with torch.device("meta"):
             model.__init__(preset.config)
         assert sum(p.numel() for p in model.parameters()) == preset.config.parameters
+
+
+def test_rows_beyond_an_experts_own_are_seen_by_nobody():
+    torch.manual_seed(0)
+    experts, router = Experts(32, 64, 3), Router(32, 3, 2)
+    x = torch.randn(1, 101, 32)
+    with torch.no_grad():
+        routing = router(x)
+        rounded = experts(x, routing)
+        with portable():
+            torch.testing.assert_close(rounded, experts(x, routing), atol=1e-5, rtol=1e-5)
+        seen = {}
+        for number, expert in enumerate(experts.ffn):
+            expert.register_forward_hook(lambda _, rows, out, number=number: seen.update({number: (rows[0], out)}))
+        torch.testing.assert_close(experts(x, routing), rounded, atol=1e-5, rtol=1e-5)
+    for number, (rows, out) in seen.items():
+        mine = (routing.experts == number).any(-1)
+        assert torch.equal(rows, x[mine]) and len(out) == mine.sum() and len(out) % 32

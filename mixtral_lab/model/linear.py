@@ -78,16 +78,26 @@ def linear(
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
-    if not (_tuned and x.device.type == "cpu" and x.dtype == weight.dtype) or torch.is_grad_enabled():
+    if not rounds_up(x) or x.dtype != weight.dtype:
         return F.linear(x, weight)
     few = rows < ROWS and weight.numel() < SMALL
     if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu") or not onednn_works()):
         return F.linear(x, weight)
-    missing = -rows % ROWS
-    if rows < ROWS or not missing:
+    missing = rounded_up(rows, ROWS) - rows
+    if not missing:
         return _product(x, weight)
     flat = x.reshape(rows, -1)
     return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def rounds_up(x: Tensor) -> bool:
+    """Whether products with this take the shorter roads for many rows, and wants a round number of them."""
+    return _tuned and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def rounded_up(rows: int, multiple: int) -> int:
+    """The next multiple; fewer rows than one stay as they are."""
+    return rows + (-rows % multiple if rows >= multiple else 0)
 
 
 def swept(
