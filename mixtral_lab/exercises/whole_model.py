@@ -67,8 +67,8 @@ def check_rms_norm(answer: Callable[[Tensor, Tensor, float], object]) -> Verdict
 
 
 def miswired(lab: Lab) -> Lab:
-    """A copy of a model in which one part of one layer is wrong, as if a line that loads weights had a slip."""
-    model = copy.deepcopy(lab.model)
+    """A model on the same weights in which one part of one layer is wrong, as if a line that loads weights had a slip."""
+    model = copy.deepcopy(lab.model, {id(weight): weight for weight in lab.model.parameters()})
     for expert in model.blocks[WRONG_LAYER].experts.swiglus:
         expert.gate, expert.up = expert.up, expert.gate
     return Lab(model, lab.tokenizer, "miswired")
