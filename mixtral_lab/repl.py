@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 
 from rich.console import Console
@@ -154,11 +152,8 @@ class Repl:
     def _answer(self, steps: Generator[str, None, None]) -> None:
         """Print an answer as it is written; Ctrl-C ends it, and what is there of it stays."""
         try:
-            with _ctrl_c() as pressed:
-                for piece in steps:
-                    self.out.print(Text(_printable(piece)), end="", soft_wrap=True)
-                    if pressed.is_set():
-                        raise KeyboardInterrupt
+            for piece in steps:
+                self.out.print(Text(_printable(piece)), end="", soft_wrap=True)
         except KeyboardInterrupt:
             self.conversation.stop()
         finally:
@@ -178,26 +173,6 @@ class Repl:
         if full or (outgrown and not self._outgrown):
             self.note(conversation.room(self.max_new_tokens) + (" /new begins one." if full else ""))
         self._outgrown = outgrown
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """While open, a first Ctrl-C is only noted, for the end of the step; a second one interrupts wherever the program is.
-
-    An exception raised anywhere inside a step can get lost on its way: an answer was seen to go on after Ctrl-C.
-    """
-    pressed = threading.Event()
-
-    def note(*_: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _printable(text: str) -> str:

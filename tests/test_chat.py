@@ -351,6 +351,7 @@ class Terminal:
         self.text = ""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background run ignores it, and hands that on
             os.environ.update(TERM="xterm", COLUMNS="100", LINES="40", OMP_NUM_THREADS="1", PYTHON_READLINE="")
             os.execv(sys.executable, [sys.executable, "-m", "mixtral_lab.cli", "chat", "--device", "cpu", *words])
 
