@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one,
 from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable
 from mixtral_lab.model.moe import DISPATCH, Experts, Router, mix_dense, route
 from mixtral_lab.model.rope import rotate, rotation
-from mixtral_lab.model.transformer import RMSNorm
+from mixtral_lab.model.transformer import Block, RMSNorm
 
 
 def random_model(config: Config) -> Transformer:
@@ -294,3 +296,20 @@ def test_rows_beyond_an_experts_own_are_seen_by_nobody():
     for number, (rows, out) in seen.items():
         mine = (routing.experts == number).any(-1)
         assert torch.equal(rows, x[mine]) and len(out) == mine.sum() and len(out) % 32
+
+
+def test_a_part_that_is_replaced_added_or_removed_is_the_one_that_is_used():
+    model = random_model(mixtral())
+    block = model.blocks[0]
+    x = torch.randn(1, 1, model.config.dim)
+    for put in (setattr, Block.register_module, Block.add_module):
+        new = RMSNorm(model.config.dim, eps=0.5)
+        put(block, "ffn_norm", new)
+        assert block.ffn_norm is new and block._modules["ffn_norm"] is new and new in list(model.modules())
+        torch.testing.assert_close(block.ffn_norm(x), new(x))
+    twin = copy.deepcopy(block)
+    assert twin.ffn_norm is twin._modules["ffn_norm"] and twin.ffn_norm is not block.ffn_norm
+    block.ffn_norm = None
+    assert block.ffn_norm is None and block._modules["ffn_norm"] is None
+    del block.ffn_norm
+    assert not hasattr(block, "ffn_norm") and "ffn_norm" not in dict(block.named_children())

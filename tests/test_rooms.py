@@ -15,6 +15,7 @@ ORDER = [
     ["terminal"],
     ["bundled"],
     ["tokenizer"],
+    ["model.module"],
     ["model.site"],
     ["model.linear"],
     ["model.rope"],

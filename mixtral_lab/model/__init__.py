@@ -1,4 +1,4 @@
-"""A Mistral or Mixtral language model in five short files. Start with `moe.py`."""
+"""A Mistral or Mixtral language model in a few short files. Start with `moe.py`."""
 
 from mixtral_lab.model.attention import RollingCache
 from mixtral_lab.model.moe import Routing

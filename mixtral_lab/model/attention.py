@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral_lab.model.bands import Keys, Query, attend_banded
 from mixtral_lab.model.linear import Linear, settled
+from mixtral_lab.model.module import Module
 from mixtral_lab.model.rope import Rotation, rotate
 from mixtral_lab.model.site import Site
 
@@ -156,8 +157,8 @@ class RollingCache:
         new = key.shape[2]
         if new == 1:
             slot = self.seen % self.ring
-            self.keys[:, :, slot] = key[:, :, 0]
-            self.values[:, :, slot] = value[:, :, 0]
+            self.keys.narrow(2, slot, 1).copy_(key)
+            self.values.narrow(2, slot, 1).copy_(value)
             self.seen += 1
             return
         kept = min(new, self.ring)  # of a chunk longer than the ring, only the end is ever seen again
@@ -207,7 +208,7 @@ def side_by_side(heads: Query) -> Float[Tensor, "batch seq features"]:
     return rearrange(heads, "batch kv group seq head_dim -> batch seq (kv group head_dim)")
 
 
-class Heads(nn.Module):
+class Heads(Module):
     """The sites at which attention's heads are seen one by one."""
 
     def __init__(self) -> None:
@@ -215,7 +216,7 @@ class Heads(nn.Module):
         self.query, self.key, self.value, self.out = Site(), Site(), Site(), Site()
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention with rotary positions and a window. `plain` switches to the plain definition."""
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int | None) -> None:

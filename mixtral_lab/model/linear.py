@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
-TINY = 2**14  # numbers; up to here PyTorch's own product is over before two operations have started
+TINY = 2**15  # numbers; up to here one core alone is the quickest
 SWEPT = {
     torch.float32: SMALL,
     torch.bfloat16: 2**17,
@@ -73,7 +73,7 @@ def linear(
     that fits into a core's cache is read up to twice as fast in two sweeps (`swept`), in bfloat16 too. For more rows
     `F.linear` is oneDNN's product already in bfloat16, and only their number is rounded up (`ROWS`).
     """
-    if single(x) and _tuned and TINY < weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
+    if single(x) and _tuned and weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
         return swept(weight, x.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
@@ -105,12 +105,12 @@ def swept(
 ) -> Float[Tensor, "*matrices features_out"]:
     """One vector times a small matrix, or several, in two sweeps over it, of which the second finds it in the core's cache.
 
-    Float32 multiplies, then sums. Bfloat16 is widened, then multiplied as float32, whose product needs no oneDNN to start up.
-    The result is float32.
+    The sweeps are a product and a sum, which both cores share alike, so that each finds what it left there; a tiny matrix is
+    left to PyTorch's product on one core. Bfloat16 is widened first. The result is float32.
     """
-    if weight.dtype == torch.float32:
-        return (weight * x).sum(-1)
-    return torch.mv(weight.float().flatten(0, -2), x.float()).view(weight.shape[:-1])
+    if weight.numel() <= TINY:
+        return torch.mv(weight.float().flatten(0, -2), x.float()).view(weight.shape[:-1])
+    return (weight * x.float()).sum(-1)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

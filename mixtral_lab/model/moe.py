@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, single, swept
+from mixtral_lab.model.module import Module
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -60,7 +61,7 @@ def share(
     return F.softmax(logits.gather(-1, experts), dim=-1, dtype=torch.float32).to(logits.dtype)
 
 
-class Router(nn.Module):
+class Router(Module):
     """One row of weights per expert; the dot product with a token says how much that expert wants it."""
 
     def __init__(self, dim: int, n_experts: int, n_choices: int) -> None:
@@ -76,7 +77,7 @@ class Router(nn.Module):
         return Routing(logits, experts, self.weights(share(logits, experts), logits, experts))
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Module):
     """One expert: `down(silu(gate(x)) * up(x))`. In a dense model, the whole feed-forward is one of these.
 
     Source: GLU Variants Improve Transformer (arXiv 2002.05202, section 2).
@@ -109,7 +110,7 @@ def mix_dense(
     return einsum(weights, answers, "batch seq expert, expert batch seq dim -> batch seq dim")
 
 
-class Experts(nn.Module):
+class Experts(Module):
     """The experts of one layer: each token is taken to those it chose, and their answers are weighed and summed.
 
     `dispatch` names how they are taken there: "every" runs all experts on all tokens, "sorted" runs each expert once on
@@ -125,6 +126,7 @@ class Experts(nn.Module):
         self.dispatch: str | Mix = "auto"
         self.bank: Bank | None = None
         self._sought = False  # whether the bank was looked for
+        self._places: list[tuple[int, ...]] = []  # of each expert's weights in it
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
         if self.dispatch == "auto":
@@ -189,11 +191,9 @@ class Experts(nn.Module):
         two = slice(min(first, second), max(first, second) + 1, abs(first - second))
         token, weights = x.view(-1), routing.weights.flatten()
         weights = weights if first < second else weights.flip(0)
-        if x.dtype == torch.float32:
-            return mix_picked(token, weights, gate[two], up[two], down[two]).view_as(x)
         hidden = F.silu(swept(gate[two], token)) * swept(up[two], token)
-        answers = swept(down[two.start], hidden[0]), swept(down[two.stop - 1], hidden[1])
-        return (answers[0] * weights[0] + answers[1] * weights[1]).to(x.dtype).view_as(x)
+        answers = (down[two] * hidden.unsqueeze(1)).sum(-1)
+        return (weights.float() @ answers).to(x.dtype).view_as(x)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
@@ -217,16 +217,20 @@ class Experts(nn.Module):
 
     def lay_out(self) -> None:
         """Have a bank, whatever it takes: for compiling."""
-        self.bank, self._sought = bank(self.swiglus, copy=True), True
+        self._keep(bank(self.swiglus, copy=True))
 
     def _has_bank(self, *chosen: int) -> bool:
         """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again."""
         for expert in chosen:
-            if self.bank is not None and not self.bank.holds(expert, self.ffn[expert]):
+            if self.bank is not None and places(self.ffn[expert]) != self._places[expert]:
                 self.bank, self._sought = None, False
         if not self._sought:
-            self.bank, self._sought = bank(self.swiglus), True
+            self._keep(bank(self.swiglus))
         return self.bank is not None
+
+    def _keep(self, bank: Bank | None) -> None:
+        self.bank, self._sought = bank, True
+        self._places = [] if bank is None else [places(one) for one in self.swiglus]
 
 
 class Bank(NamedTuple):
@@ -235,15 +239,6 @@ class Bank(NamedTuple):
     gate: Float[Tensor, "expert hidden dim"]
     up: Float[Tensor, "expert hidden dim"]
     down: Float[Tensor, "expert dim hidden"]
-
-    def holds(self, expert: int, swiglu: Any) -> bool:
-        """Whether the expert's weights, which may have been replaced since, are those that lie here."""
-        gate, up, down = self
-        return (
-            swiglu.gate.weight.data_ptr() == gate.data_ptr() + expert * gate.stride(0) * gate.itemsize
-            and swiglu.up.weight.data_ptr() == up.data_ptr() + expert * up.stride(0) * up.itemsize
-            and swiglu.down.weight.data_ptr() == down.data_ptr() + expert * down.stride(0) * down.itemsize
-        )
 
     # What an expert does, for the rows of all experts in turn; expert e's end at `ends[e]`.
 
@@ -255,6 +250,11 @@ class Bank(NamedTuple):
 
     def out(self, rows: Sorted, ends: Ends) -> SortedOut:
         return _grouped(rows, self.down, ends)
+
+
+def places(expert: Any) -> tuple[int, ...]:
+    """Where an expert's weights lie in memory; they may have been replaced since a bank was made of them."""
+    return expert.gate.weight.data_ptr(), expert.up.weight.data_ptr(), expert.down.weight.data_ptr()
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:

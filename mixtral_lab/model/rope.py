@@ -33,4 +33,4 @@ def rotate(x: Heads, turn: Rotation) -> Heads:
     """
     cos, sin = (part.to(x.dtype) for part in turn)
     partner = x.roll(x.shape[-1] // 2, dims=-1)
-    return x * cos + partner * sin
+    return torch.addcmul(x * cos, partner, sin)

@@ -19,7 +19,9 @@ class Site(nn.Module):
 
     def __call__(self, value: Tensor, *known: Tensor) -> Any:
         """PyTorch's own call takes a microsecond; a model has hundreds of sites, and most have no hook."""
-        return super().__call__(value, *known) if self.watched else value
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__(value, *known)
+        return value
 
     @property
     def watched(self) -> bool:

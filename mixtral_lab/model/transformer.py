@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear, settled, single
+from mixtral_lab.model.module import Module
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation
 from mixtral_lab.model.site import Site, watched
@@ -16,7 +17,7 @@ from mixtral_lab.model.site import Site, watched
 Cache = list[RollingCache]  # one for each layer
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """Scale each token's vector to a root mean square of 1, then by a learned weight per dimension.
 
     Source: Root Mean Square Layer Normalization (arXiv 1910.07467).
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype) * self.weight
 
 
-class Residual(nn.Module):
+class Residual(Module):
     """The sites of the residual stream in one layer: before attention, between it and the experts, after them."""
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Residual(nn.Module):
         self.before, self.between, self.after = Site(), Site(), Site()
 
 
-class Block(nn.Module):
+class Block(Module):
     """One layer: attention moves information between positions, the experts work on each position alone."""
 
     def __init__(self, config: Config) -> None:
@@ -73,7 +74,7 @@ class Block(nn.Module):
         return self.residual.after(x + self.experts(normed, self.router(normed)))
 
 
-class Transformer(nn.Module):
+class Transformer(Module):
     """Token ids in, a score for every possible next token out: Mistral if dense, Mixtral if it has experts."""
 
     def __init__(self, config: Config) -> None:
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         columns = (seen + torch.arange(new, device=ids.device))[None]
         positions = columns if padding is None else columns - padding[:, None]
         cos, sin = rotation(positions, config.head_dim, config.rope_theta)
-        turn = settled(cos), settled(sin)
+        turn = settled(cos.to(self.embed.weight.dtype)), settled(sin.to(self.embed.weight.dtype))
         fixed = cache is not None and isinstance(cache[0], FixedCache)
         if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
             return turn, None
