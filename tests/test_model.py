@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from test_parity import configs, mixtral
 from mixtral_lab.config import Config, ConfigError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one, attend_plain, visible
-from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable
-from mixtral_lab.model.moe import DISPATCH, Experts, Router, mix_dense, route
+from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable, rounded_up
+from mixtral_lab.model.moe import DISPATCH, Experts, Router, mix_dense, route, take_sorted
 from mixtral_lab.model.rope import rotate, rotation
 from mixtral_lab.model.transformer import Block, RMSNorm
 
@@ -313,3 +314,22 @@ def test_a_part_that_is_replaced_added_or_removed_is_the_one_that_is_used():
     assert block.ffn_norm is None and block._modules["ffn_norm"] is None
     del block.ffn_norm
     assert not hasattr(block, "ffn_norm") and "ffn_norm" not in dict(block.named_children())
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+def test_rows_that_are_rounded_up_change_nothing(multiple):
+    assert rounded_up(300, 1) == 300 and rounded_up(31, 32) == 31
+    assert rounded_up(33, 32) == 64 and rounded_up(257, 32) == 320
+    generator = torch.Generator().manual_seed(1)
+    rows, weight = torch.randn(1, 700, 2, 6, generator=generator), torch.randn(3, 5, 6, generator=generator)
+    chosen = torch.stack((torch.randint(0, 2, (1, 700), generator=generator), torch.full((1, 700), 2)), dim=-1)
+    met = []
+
+    def expert(matrix, x):
+        met.append(len(x))
+        return x @ matrix.T
+
+    parts = [functools.partial(expert, matrix) for matrix in weight]
+    found = take_sorted(rows, chosen, parts, multiple)
+    torch.testing.assert_close(found, torch.einsum("bscf,bscof->bsco", rows, weight[chosen]))
+    assert multiple == 1 or all(n % multiple == 0 for n in met[:-1])

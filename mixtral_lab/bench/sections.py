@@ -200,8 +200,8 @@ class Sections(Timing):
     def _curve(self, sides: Sequence[Reader]) -> None:
         """Decode at rising lengths of one text, which each side has read itself.
 
-        A new text every repeat. All lengths of all sides are decoded in one random order, so that lengths may be compared
-        like sides.
+        A new text every repeat. All lengths of all sides are decoded in one random order, each a few times (its text grows on),
+        so that lengths may be compared like sides.
         """
         n = self.lengths.written
         seconds: dict[tuple[int, str], list[float]] = {}
@@ -211,7 +211,7 @@ class Sections(Timing):
             for side in sides:
                 self.say(f"reading {ids.shape[1]:,} tokens, repeat {repeat + 1}, {side.name}")
                 ready += [(side, *rest) for rest in _on_the_way(side, ids, self.lengths.curve)]
-            for side, at, token, cache in random.sample(ready, len(ready)):
+            for side, at, token, cache in random.sample(ready * FEW, FEW * len(ready)):
                 self.say(f"{DECODE}, {at:,}: repeat {repeat + 1}, {side.name}")
                 side.write(token, cache, 1)  # the first step lets go of what the prompt left behind
                 synchronize(self.device)

@@ -74,7 +74,9 @@ def linear(
     `F.linear` is oneDNN's product already in bfloat16, and only their number is rounded up (`ROWS`).
     """
     if single(x) and _tuned and weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
-        return swept(weight, x.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
+        tiny = weight.numel() <= TINY
+        out = F.linear(x.float(), weight.float()) if tiny else swept(weight, x.unsqueeze(-2))
+        return out if out.dtype == x.dtype else out.to(x.dtype)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
@@ -96,20 +98,20 @@ def rounds_up(x: Tensor) -> bool:
 
 
 def rounded_up(rows: int, multiple: int) -> int:
-    """The next multiple; fewer rows than one stay as they are."""
+    """The next multiple; of twice that from eight on, where it costs little more; fewer rows than one stay as they are."""
+    if multiple > 1 and rows > 8 * multiple:
+        multiple *= 2
     return rows + (-rows % multiple if rows >= multiple else 0)
 
 
 def swept(
-    weight: Float[Tensor, "*matrices features_out features_in"], x: Float[Tensor, " features_in"]
-) -> Float[Tensor, "*matrices features_out"]:
+    weight: Float[Tensor, "... features_out features_in"], x: Float[Tensor, "... features_in"]
+) -> Float[Tensor, "... features_out"]:
     """One vector times a small matrix, or several, in two sweeps over it, of which the second finds it in the core's cache.
 
-    The sweeps are a product and a sum, which both cores share alike, so that each finds what it left there; a tiny matrix is
-    left to PyTorch's product on one core. Bfloat16 is widened first. The result is float32.
+    The sweeps are a product and a sum, which all cores share alike, so that each finds what it left there. Bfloat16 is widened
+    first. The result is float32.
     """
-    if weight.numel() <= TINY:
-        return torch.mv(weight.float().flatten(0, -2), x.float()).view(weight.shape[:-1])
     return (weight * x.float()).sum(-1)
 
 

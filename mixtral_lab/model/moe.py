@@ -344,7 +344,7 @@ def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part], multiple: i
     flat = rearrange(chosen, "batch seq choice -> (batch seq choice)")
     order, n_choices = flat.argsort(stable=True), chosen.shape[-1]
     by_token = rearrange(rows, "batch seq choice features -> (batch seq) choice features")
-    enough = torch.cat((order, order[: multiple - 1]))
+    enough = torch.cat((order, order[: 2 * multiple - 1]))
     in_turn = by_token[enough // n_choices, enough % n_choices]
     answers, start = torch.empty(0), 0
     for expert, count in zip(experts, flat.bincount(minlength=len(experts)).tolist(), strict=True):
