@@ -408,7 +408,13 @@ def bench(
         if plot.suffix == ".html":
             figure.write_html(plot, include_plotlyjs=True)
         else:
-            figure.write_image(plot, scale=2)
+            try:
+                figure.write_image(plot, scale=2)
+            except Exception as error:  # a browser can fail in any way, and the measurement took half an hour
+                page = plot.with_name(f"{plot.name}.html")
+                figure.write_html(page, include_plotlyjs=True)
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                raise LabError(f"{plot} was not drawn, {page} was instead. Kaleido said: {said[0]}") from None
 
 
 if __name__ == "__main__":

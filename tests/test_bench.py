@@ -384,6 +384,19 @@ def test_the_command_draws_what_length_costs(monkeypatch, tmp_path, report):
     assert "What length costs" in path.read_text("utf-8")
 
 
+def test_a_picture_that_no_browser_draws_becomes_a_page(monkeypatch, tmp_path, report):
+    def refuse(*_, **__):
+        raise RuntimeError("\nKaleido requires Google Chrome to be installed.\n\nEither download ...")
+
+    monkeypatch.setattr(bench, "run", lambda *_, **__: report)
+    monkeypatch.setattr("plotly.graph_objects.Figure.write_image", refuse)
+    result = CliRunner().invoke(cli.app, ["bench", "--dtype", "float32", "--plot", str(tmp_path / "a.png")])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "was instead. Kaleido said: Kaleido requires Google Chrome" in said
+    assert "What length costs" in (tmp_path / "a.png.html").read_text("utf-8")
+
+
 def test_rounded_experts_are_timed_against_the_bytes_that_they_take(report):
     found = rows(report, TINY, f"{DECODE}, int8", 12)
     read = TINY.config.active_parameters - 60 * 16  # one row of the embedding
