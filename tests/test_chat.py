@@ -301,7 +301,7 @@ class TestCommands:
         assert err == "(cut at the longest answer, 5 tokens)\n"
         _, _, err = repl(lab, WHO, most=30)
         assert err == ""
-        _, _, err = repl(tiny(lab, context=40), WHO, STORY * 5, sampling=Sampling(1.0), most=100)
+        _, _, err = repl(tiny(lab, context=40), WHO, STORY * 5, sampling=Sampling(1.0, seed=0), most=100)
         assert "(cut at the model's limit of 40 tokens)" in err and "/new begins one" in err
         assert "tiny reads at most 40" in err.replace("\n", " ")
         long = "Tell me more about it. " * 20
