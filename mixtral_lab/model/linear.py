@@ -1,4 +1,8 @@
-"""Matrix times vector, by the fastest road this machine has. Everything learned in the model is one of these."""
+"""Matrix times vector, by the fastest road this machine has. Everything learned in the model is one of these.
+
+Which road that is was measured on AMD's processors (Zen 4 and Zen 5) and on Intel's (Sapphire Rapids); others are taken for
+the second kind. `portable()` leaves all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SMALL = 2**19  # numbers; oneDNN takes about 13 microseconds to start, longer than a vector times so small a matrix
-TINY = 2**15  # numbers; up to here one core alone is the quickest
-SWEPT = {
-    torch.float32: SMALL,
-    torch.bfloat16: 2**17,
-}  # numbers; matrices below are multiplied with one vector in two sweeps
+TINY = 2**15  # numbers in a matrix; up to here one core alone is the quickest
+SWEPT = {torch.float32: 2**19, torch.bfloat16: 2**17}  # numbers; smaller ones are swept (`small_products`) ...
+WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseconds to start
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 _tuned = True
 
@@ -47,15 +48,15 @@ class Packed(NamedTuple):
 def pack(model: nn.Module) -> int:
     """Keep a packed copy of every large bfloat16 matrix on the CPU beside it, for steps of a few tokens; the bytes it takes.
 
-    It doubles the memory; matrices that are quicker swept (`SWEPT`) stay as they are. A decode step of a 0.75 B model took
-    23 ms instead of 30 (README.md says on what). A weight that is changed afterwards loses its copy. Where PyTorch's private
-    operator for it is missing, nothing happens.
+    It doubles the memory; matrices that are quicker swept (`SWEPT`) stay as they are. On an AMD processor a decode step of a
+    0.75 B model took 23 ms instead of 30 (README.md says on what); elsewhere, and where PyTorch's private operator for it is
+    missing, nothing happens. A weight that is changed afterwards loses its copy.
     """
     taken = 0
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16:
             weight = module.weight
-            if not packing_works() or weight.numel() < SWEPT[torch.bfloat16]:
+            if not packing_pays() or weight.numel() < SWEPT[torch.bfloat16]:
                 continue
             copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
             module.packed = Packed(copy, (weight.data_ptr(), weight._version))
@@ -66,24 +67,22 @@ def pack(model: nn.Module) -> int:
 def linear(
     x: Float[Tensor, "*rows features_in"], weight: Float[Tensor, "features_out features_in"]
 ) -> Float[Tensor, "*rows features_out"]:
-    """Multiply by a weight matrix. Inference on a CPU takes one of two shorter roads where they pay.
+    """Multiply by a weight matrix. Inference on a CPU takes a shorter road than `F.linear` where one pays.
 
-    PyTorch's float32 product on some processors (AMD among them) runs at half the speed of oneDNN's. That operator is
-    private to PyTorch, so `onednn_works` tries it once and `F.linear` stays the way back. And for a single row, a matrix
-    that fits into a core's cache is read up to twice as fast in two sweeps (`swept`), in bfloat16 too. For more rows
-    `F.linear` is oneDNN's product already in bfloat16, and only their number is rounded up (`ROWS`).
+    A single row is a matter of starting little and reading the matrix once: `_row_by` says how. For many rows,
+    PyTorch's float32 product runs at half of oneDNN's speed on an AMD processor. That operator is private to PyTorch, so
+    `onednn_pays` tries it once and `F.linear` stays the way back. In bfloat16 `F.linear` is oneDNN's product already; there
+    and with oneDNN's own, only the number of rows is rounded up (`ROWS`).
     """
-    if single(x) and _tuned and weight.numel() < SWEPT.get(x.dtype, 0) and x.dtype == weight.dtype:
-        tiny = weight.numel() <= TINY
-        out = F.linear(x.float(), weight.float()) if tiny else swept(weight, x.unsqueeze(-2))
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+    if single(x) and _tuned and x.dtype in SWEPT and x.dtype == weight.dtype:
+        return _row_by(weight, x)
     rows = x.numel() // x.shape[-1]
     if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
         return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     if not rounds_up(x) or x.dtype != weight.dtype:
         return F.linear(x, weight)
-    few = rows < ROWS and weight.numel() < SMALL
-    if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu") or not onednn_works()):
+    few = rows < ROWS and weight.numel() < SWEPT[torch.float32]
+    if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu")):
         return F.linear(x, weight)
     missing = rounded_up(rows, ROWS) - rows
     if not missing:
@@ -92,9 +91,27 @@ def linear(
     return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
 
 
+def _row_by(weight: Float[Tensor, "features_out features_in"], x: Tensor) -> Tensor:
+    """A single row times a matrix, by size, dtype and processor; each limit is where two roads took the same time.
+
+    `torch.mv` starts faster than `F.linear`, and in bfloat16 it reads faster, too.
+    """
+    numbers = weight.numel()
+    if numbers > TINY and amd():
+        return small_products(weight, x).to(x.dtype) if numbers < SWEPT[x.dtype] else _product(x, weight)
+    vector = x.reshape(-1)
+    if x.dtype == torch.float32 or numbers > WIDENED:
+        out = torch.mv(weight, vector)
+    else:
+        out = torch.mv(weight.float(), vector.float()).to(x.dtype)
+    return out.view(*x.shape[:-1], -1)
+
+
 def rounds_up(x: Tensor) -> bool:
-    """Whether products with this take the shorter roads for many rows, and wants a round number of them."""
-    return _tuned and x.device.type == "cpu" and not torch.is_grad_enabled()
+    """Whether products with this are oneDNN's, which wants a round number of many rows."""
+    if not _tuned or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and onednn_pays())
 
 
 def rounded_up(rows: int, multiple: int) -> int:
@@ -104,19 +121,21 @@ def rounded_up(rows: int, multiple: int) -> int:
     return rows + (-rows % multiple if rows >= multiple else 0)
 
 
-def swept(
-    weight: Float[Tensor, "... features_out features_in"], x: Float[Tensor, "... features_in"]
-) -> Float[Tensor, "... features_out"]:
-    """One vector times a small matrix, or several, in two sweeps over it, of which the second finds it in the core's cache.
+def small_products(
+    weight: Float[Tensor, "*experts features_out features_in"], x: Float[Tensor, "*experts features_in"]
+) -> Float[Tensor, "*experts features_out"]:
+    """One vector times a small matrix, or several, each with its own; bfloat16 is widened first, the result is float32.
 
-    The sweeps are a product and a sum, which all cores share alike, so that each finds what it left there. Bfloat16 is widened
-    first. The result is float32.
+    On an AMD processor, where PyTorch's product with a vector keeps one core busy, in two sweeps over the matrices: a product
+    and a sum, which all cores share alike, so that the second finds in a core's cache what the first left there.
     """
-    return (weight * x.float()).sum(-1)
+    if amd():
+        return (weight * x.float().unsqueeze(-2)).sum(-1)
+    return torch.matmul(x.float().unsqueeze(-2), weight.float().mT).squeeze(-2)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and onednn_pays():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -149,20 +168,27 @@ def portable() -> Iterator[None]:
 
 
 @functools.cache
-def onednn_works() -> bool:
-    """Whether oneDNN's linear operator is present here and agrees with PyTorch's own."""
+def amd() -> bool:
+    """Whether this is one of AMD's processors: PyTorch's own products on x86 are MKL's, which is at home on Intel's."""
+    about = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in about.get("cpu_name", "") or bool(about.get("sse4a"))  # which only AMD's have
+
+
+@functools.cache
+def onednn_pays() -> bool:
+    """Whether oneDNN's float32 operator is quicker than PyTorch's own here, present, and agrees with it."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 8, generator=generator), torch.randn(5, 8, generator=generator)
     try:
         out = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return torch.allclose(out, F.linear(x, weight), atol=1e-5)
+    return amd() and torch.allclose(out, F.linear(x, weight), atol=1e-5)
 
 
 @functools.cache
-def packing_works() -> bool:
-    """Whether oneDNN's packed bfloat16 product is present here and agrees with PyTorch's own."""
+def packing_pays() -> bool:
+    """Whether oneDNN's packed bfloat16 product is quicker than others here, present, and agrees with PyTorch's own."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (1, 96))
     try:
@@ -170,4 +196,4 @@ def packing_works() -> bool:
         out = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return torch.allclose(out.float(), F.linear(x, weight).float(), atol=0.1)
+    return amd() and torch.allclose(out.float(), F.linear(x, weight).float(), atol=0.1)

@@ -18,7 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, single, swept
+from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, single, small_products
 from mixtral_lab.model.module import Module
 from mixtral_lab.model.site import Site, free_of_hooks
 
@@ -50,15 +50,13 @@ def route(logits: Float[Tensor, "*tokens expert"], n_choices: int) -> Routing:
     weights (0.73, 0.27). The losers' logits do not matter. Source: Mixtral of Experts (arXiv 2401.04088,
     section 2.1).
     """
-    experts = logits.topk(n_choices, dim=-1).indices
-    return Routing(logits, experts, share(logits, experts))
+    best, experts = logits.topk(n_choices, dim=-1)
+    return Routing(logits, experts, share(best))
 
 
-def share(
-    logits: Float[Tensor, "*tokens expert"], experts: Int[Tensor, "*tokens choice"]
-) -> Float[Tensor, "*tokens choice"]:
-    """One unit of weight, shared by softmax among the chosen experts alone."""
-    return F.softmax(logits.gather(-1, experts), dim=-1, dtype=torch.float32).to(logits.dtype)
+def share(best: Float[Tensor, "*tokens choice"]) -> Float[Tensor, "*tokens choice"]:
+    """One unit of weight, shared by softmax of the chosen experts' logits alone."""
+    return F.softmax(best, dim=-1, dtype=torch.float32).to(best.dtype)
 
 
 class Router(Module):
@@ -73,8 +71,11 @@ class Router(Module):
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Routing:
         """`route`, in the three steps in which one may intervene: whoever changes the choice changes the weights."""
         logits = self.logits(self.score(x))
-        experts = self.experts(logits.topk(self.n_choices, dim=-1).indices, logits)
-        return Routing(logits, experts, self.weights(share(logits, experts), logits, experts))
+        best, experts = logits.topk(self.n_choices, dim=-1)
+        experts = self.experts(experts, logits)
+        if self.experts.watched:  # and perhaps changed
+            best = logits.gather(-1, experts)
+        return Routing(logits, experts, self.weights(share(best), logits, experts))
 
 
 class SwiGLU(Module):
@@ -181,19 +182,18 @@ class Experts(Module):
         """
         if not single(x) or routing.experts.numel() != 2 or not free_of_hooks(self):
             return None
-        first, second = routing.experts.flatten().tolist()
-        own: Any = self.ffn[first].gate
-        if type(own) is not Linear or own.weight.numel() >= SWEPT.get(x.dtype, 0) or own.weight.dtype != x.dtype:
-            return None
+        first, second = routing.experts.view(-1).tolist()
         if first == second or not self._has_bank(first, second) or self.bank is None:
             return None
         gate, up, down = self.bank
+        if gate.dtype != x.dtype or gate[0].numel() >= SWEPT.get(x.dtype, 0):
+            return None
         two = slice(min(first, second), max(first, second) + 1, abs(first - second))
-        token, weights = x.view(-1), routing.weights.flatten()
+        token, weights = x.view(1, -1), routing.weights.view(-1).float()
         weights = weights if first < second else weights.flip(0)
-        hidden = F.silu(swept(gate[two], token)) * swept(up[two], token)
-        answers = (down[two] * hidden.unsqueeze(1)).sum(-1)
-        return (weights.float() @ answers).to(x.dtype).view_as(x)
+        hidden = F.silu(small_products(gate[two], token)) * small_products(up[two], token)
+        answers = small_products(down[two], hidden)
+        return (weights @ answers).to(x.dtype).view_as(x)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
@@ -222,7 +222,7 @@ class Experts(Module):
     def _has_bank(self, *chosen: int) -> bool:
         """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again."""
         for expert in chosen:
-            if self.bank is not None and places(self.ffn[expert]) != self._places[expert]:
+            if self.bank is not None and places(self.ffn._modules[str(expert)]) != self._places[expert]:
                 self.bank, self._sought = None, False
         if not self._sought:
             self._keep(bank(self.swiglus))
@@ -253,8 +253,14 @@ class Bank(NamedTuple):
 
 
 def places(expert: Any) -> tuple[int, ...]:
-    """Where an expert's weights lie in memory; they may have been replaced since a bank was made of them."""
-    return expert.gate.weight.data_ptr(), expert.up.weight.data_ptr(), expert.down.weight.data_ptr()
+    """Where an expert's weights lie in memory (0: in no ordinary matrix); they may have been replaced since a bank was made.
+
+    Asked for every token, so the weights are taken from where PyTorch keeps them, without its slow look-up.
+    """
+    return tuple(
+        part._parameters["weight"].data_ptr() if type(part) is Linear else 0
+        for part in (expert.gate, expert.up, expert.down)
+    )
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:
@@ -288,6 +294,8 @@ def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
     """
 
     def side_by_side(role: str) -> Tensor | None:
+        if not copy and any(type(getattr(expert, role)) is not Linear for expert in experts):
+            return None
         weights = [getattr(expert, role).weight.detach() for expert in experts]
         first, places = weights[0], [weight.storage_offset() for weight in weights]
         step = places[1] - places[0] if len(places) > 1 else first.numel()
