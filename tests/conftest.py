@@ -18,6 +18,15 @@ hypothesis.settings.register_profile("lab", deadline=None, max_examples=20, dera
 hypothesis.settings.load_profile("lab")
 
 
+@pytest.fixture(scope="module", params=["AMD", "another"])
+def processor(request):
+    """Whichever processor this is: the model takes the roads of an AMD processor, then those of any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("linear", "bands"):
+            patch.setattr(f"mixtral_lab.model.{module}.amd", lambda: request.param == "AMD")
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

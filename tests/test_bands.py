@@ -171,7 +171,7 @@ def test_chunks_after_the_rolling_cache_are_the_whole_text(window, sizes, tile):
     torch.testing.assert_close(torch.cat(parts, dim=3), whole, atol=1e-5, rtol=1e-4)
 
 
-def test_each_road_is_taken_where_it_pays():
+def test_each_road_is_taken_where_it_pays(processor):
     taken = []
 
     def watched(road):
@@ -191,16 +191,20 @@ def test_each_road_is_taken_where_it_pays():
     ):
         assert road(255) == {"attend_causal"}
         assert road(255, window=20) == {"by_kernel"}
-        assert road(256) == road(256, window=20) == {"together"}
-        assert road(2000) == {"together"}
-        assert road(3000) == {"head_by_head"}
         assert road(90, torch.bfloat16) == {"attend_causal"}
-        assert road(91, torch.bfloat16) == road(2000, torch.bfloat16) == {"together"}
+        if processor == "AMD":
+            assert road(256) == road(256, window=20) == {"together"}
+            assert road(2000) == {"together"}
+            assert road(3000) == {"head_by_head"}
+            assert road(91, torch.bfloat16) == road(2000, torch.bfloat16) == {"together"}
+        else:
+            assert road(3000) == road(2000, torch.bfloat16) == {"attend_causal"}
+            assert road(3000, window=20) == road(2000, torch.bfloat16, window=20) == {"by_kernel"}
         assert road(300, grad=True) == {"attend_causal"}
         assert road(300, window=20, grad=True) == {"by_kernel"}
 
 
-def test_without_onednn_the_answer_is_the_same():
+def test_without_onednn_the_answer_is_the_same(processor):
     query, key, value = draw(1, 2, 2, 300, 300, 16)
     with on(head_by_head), torch.no_grad():
         tuned = attend_banded(query, key, value, 100)

@@ -19,6 +19,8 @@ from mixtral_lab.model.moe import DISPATCH, Experts, Router, mix_dense, route, t
 from mixtral_lab.model.rope import rotate, rotation
 from mixtral_lab.model.transformer import Block, RMSNorm
 
+pytestmark = pytest.mark.usefixtures("processor")
+
 
 def random_model(config: Config) -> Transformer:
     model = Transformer(config).eval()
@@ -186,7 +188,7 @@ def test_a_token_and_its_two_experts_in_one_sweep_are_the_plain_mixture(dtype):
     assert any(first > second for first, second in chosen) and any(first < second for first, second in chosen)
 
 
-def test_portable_is_plain_pytorch(monkeypatch):
+def test_portable_is_plain_pytorch(monkeypatch, processor):
     x, weight = torch.randn(1, 200), torch.randn(300, 200)
     with torch.no_grad():
         with portable():
@@ -194,15 +196,18 @@ def test_portable_is_plain_pytorch(monkeypatch):
             with pytest.raises(RuntimeError), portable():
                 raise RuntimeError
         monkeypatch.setattr("torch.nn.functional.linear", None)
-        linear(x, weight)  # the shorter road again
+        if processor == "AMD":  # the shorter road again
+            linear(x, weight)
+        else:
+            linear(x.bfloat16(), torch.randn(900, 200).bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_packed_weights_give_the_same_and_notice_a_change(rows):
+def test_packed_weights_give_the_same_and_notice_a_change(rows, processor):
     layer = Linear(256, 640).bfloat16().requires_grad_(False)
     x = torch.randn(rows, 256).bfloat16()
     plain = layer(x)
-    assert pack(layer) == (640 * 256 * 2 if packing_works() else 0)
+    assert pack(layer) == (640 * 256 * 2 if processor == "AMD" and packing_works() else 0)
     torch.testing.assert_close(layer(x), plain, atol=0.02, rtol=0.02)
     layer.weight.mul_(2)
     torch.testing.assert_close(layer(x), plain * 2, atol=0.04, rtol=0.02)

@@ -11,6 +11,7 @@ from reference import twin
 from mixtral_lab.config import Config
 from mixtral_lab.generate import generate_ids
 
+pytestmark = pytest.mark.usefixtures("processor")
 TOLERANCE = 1e-4
 NEAR_TIE = 1e-4  # a greedy step whose two best logits are closer than this may go either way in float32
 

@@ -241,10 +241,10 @@ class Attention(Module):
         """`mask` is needed where the texts of a batch differ in length, and by the plain definition."""
         kv, head_dim = self.n_kv_heads, self.head_dim
         query = in_heads(self.query(x), kv, head_dim)
-        key, value = in_heads(self.key(x), kv, head_dim), in_heads(self.value(x), kv, head_dim)[:, :, 0]
+        key, value = in_heads(self.key(x), kv, head_dim), in_heads(self.value(x), kv, head_dim)
         turned = rotate(torch.cat((query, key), dim=2), turn)  # keys turn as the queries of their group do
-        query, key = self.heads.query(turned[:, :, :-1]), self.heads.key(turned[:, :, -1])
-        value = self.heads.value(value)
+        query, key = turned.split((query.shape[2], 1), dim=2)
+        query, key, value = self.heads.query(query), self.heads.key(key.squeeze(2)), self.heads.value(value.squeeze(2))
         explicit = self.explicit
         if cache is not None:
             key, value = cache.extend(key, value, in_order=explicit or mask is not None)

@@ -56,7 +56,7 @@ def pack(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16:
             weight = module.weight
-            if not packing_pays() or weight.numel() < SWEPT[torch.bfloat16]:
+            if not (amd() and packing_works()) or weight.numel() < SWEPT[torch.bfloat16]:
                 continue
             copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
             module.packed = Packed(copy, (weight.data_ptr(), weight._version))
@@ -71,7 +71,7 @@ def linear(
 
     A single row is a matter of starting little and reading the matrix once: `_row_by` says how. For many rows,
     PyTorch's float32 product runs at half of oneDNN's speed on an AMD processor. That operator is private to PyTorch, so
-    `onednn_pays` tries it once and `F.linear` stays the way back. In bfloat16 `F.linear` is oneDNN's product already; there
+    `onednn_works` tries it once and `F.linear` stays the way back. In bfloat16 `F.linear` is oneDNN's product already; there
     and with oneDNN's own, only the number of rows is rounded up (`ROWS`).
     """
     if single(x) and _tuned and x.dtype in SWEPT and x.dtype == weight.dtype:
@@ -94,16 +94,19 @@ def linear(
 def _row_by(weight: Float[Tensor, "features_out features_in"], x: Tensor) -> Tensor:
     """A single row times a matrix, by size, dtype and processor; each limit is where two roads took the same time.
 
-    `torch.mv` starts faster than `F.linear`, and in bfloat16 it reads faster, too.
+    In bfloat16 `torch.mv` starts and reads faster than `F.linear`.
     """
-    numbers = weight.numel()
-    if numbers > TINY and amd():
-        return small_products(weight, x).to(x.dtype) if numbers < SWEPT[x.dtype] else _product(x, weight)
-    vector = x.reshape(-1)
-    if x.dtype == torch.float32 or numbers > WIDENED:
-        out = torch.mv(weight, vector)
+    numbers, swept = weight.numel(), amd()
+    if TINY < numbers < SWEPT[x.dtype] and swept:
+        out = small_products(weight, x.reshape(-1)).to(x.dtype)
+    elif x.dtype == torch.float32:
+        return _product(x, weight) if numbers > TINY else F.linear(x, weight)
+    elif numbers <= (TINY if swept else WIDENED):
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+    elif swept:
+        return F.linear(x, weight)
     else:
-        out = torch.mv(weight.float(), vector.float()).to(x.dtype)
+        out = torch.mv(weight, x.reshape(-1))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -111,7 +114,7 @@ def rounds_up(x: Tensor) -> bool:
     """Whether products with this are oneDNN's, which wants a round number of many rows."""
     if not _tuned or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and onednn_pays())
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and amd() and onednn_works())
 
 
 def rounded_up(rows: int, multiple: int) -> int:
@@ -122,7 +125,7 @@ def rounded_up(rows: int, multiple: int) -> int:
 
 
 def small_products(
-    weight: Float[Tensor, "*experts features_out features_in"], x: Float[Tensor, "*experts features_in"]
+    weight: Float[Tensor, "*experts features_out features_in"], x: Float[Tensor, "*#experts features_in"]
 ) -> Float[Tensor, "*experts features_out"]:
     """One vector times a small matrix, or several, each with its own; bfloat16 is widened first, the result is float32.
 
@@ -135,7 +138,7 @@ def small_products(
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dtype == torch.float32 and onednn_pays():
+    if x.dtype == torch.float32 and amd() and onednn_works():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -175,20 +178,20 @@ def amd() -> bool:
 
 
 @functools.cache
-def onednn_pays() -> bool:
-    """Whether oneDNN's float32 operator is quicker than PyTorch's own here, present, and agrees with it."""
+def onednn_works() -> bool:
+    """Whether oneDNN's linear operator is present here and agrees with PyTorch's own."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 8, generator=generator), torch.randn(5, 8, generator=generator)
     try:
         out = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return amd() and torch.allclose(out, F.linear(x, weight), atol=1e-5)
+    return torch.allclose(out, F.linear(x, weight), atol=1e-5)
 
 
 @functools.cache
-def packing_pays() -> bool:
-    """Whether oneDNN's packed bfloat16 product is quicker than others here, present, and agrees with PyTorch's own."""
+def packing_works() -> bool:
+    """Whether oneDNN's packed bfloat16 product is present here and agrees with PyTorch's own."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (1, 96))
     try:
@@ -196,4 +199,4 @@ def packing_pays() -> bool:
         out = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return amd() and torch.allclose(out.float(), F.linear(x, weight).float(), atol=0.1)
+    return torch.allclose(out.float(), F.linear(x, weight).float(), atol=0.1)

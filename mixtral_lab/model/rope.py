@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,12 +27,31 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+AHEAD = 64  # positions whose rotations are computed together while a text is written
+
+
+def rotation_at(position: int, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """`rotation` of a single position on the CPU, taken from those of its neighbours, which the next tokens will ask for."""
+    block, at = divmod(position, AHEAD)
+    cos, sin = _rotations(block, head_dim, theta, dtype)
+    return cos[at], sin[at]
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be asked for outside of it
+def _rotations(block: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+    positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
+    return tuple(part.to(dtype).split(1, dim=3) for part in rotation(positions, head_dim, theta))
+
+
 def rotate(x: Heads, turn: Rotation) -> Heads:
     """Turn every pair of numbers in each head by its angle; the dot product of two then sees only distance.
 
     A pair is (number `i`, number `i + head_dim / 2`), the layout of Hugging Face checkpoints. Mistral's own
     files pair neighbours; `weights.py` reorders them on the way in.
     """
-    cos, sin = (part.to(x.dtype) for part in turn)
+    cos, sin = turn
+    if cos.dtype != x.dtype:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     partner = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partner, sin)

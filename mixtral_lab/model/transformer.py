@@ -11,10 +11,11 @@ from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCach
 from mixtral_lab.model.linear import Linear, linear, settled, single
 from mixtral_lab.model.module import Module
 from mixtral_lab.model.moe import Experts, Router, SwiGLU
-from mixtral_lab.model.rope import Rotation, rotation
+from mixtral_lab.model.rope import Rotation, rotation, rotation_at
 from mixtral_lab.model.site import Site, watched
 
 Cache = list[RollingCache]  # one for each layer
+NOTHING = torch.zeros(())  # plus two factors and a number is one operation, where a product of the three would be two
 
 
 class RMSNorm(Module):
@@ -30,13 +31,11 @@ class RMSNorm(Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         wide = x.float()
-        scale: Tensor | float
         if single(x):
             token = wide.view(-1)
             scale = (token.dot(token).item() / len(token) + self.eps) ** -0.5
-        else:
-            scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+            return torch.addcmul(NOTHING, wide, self.weight, value=scale).to(x.dtype)
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 class Residual(Module):
@@ -130,11 +129,13 @@ class Transformer(Module):
         """
         config, new = self.config, ids.shape[1]
         seen = cache[0].seen if cache else 0
+        fixed = cache is not None and isinstance(cache[0], FixedCache)
+        if ids.numel() == 1 and padding is None and single(ids) and not fixed:
+            return rotation_at(seen, config.head_dim, config.rope_theta, self.embed.weight.dtype), None
         columns = (seen + torch.arange(new, device=ids.device))[None]
         positions = columns if padding is None else columns - padding[:, None]
         cos, sin = rotation(positions, config.head_dim, config.rope_theta)
         turn = settled(cos.to(self.embed.weight.dtype)), settled(sin.to(self.embed.weight.dtype))
-        fixed = cache is not None and isinstance(cache[0], FixedCache)
         if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
