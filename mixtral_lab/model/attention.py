@@ -128,12 +128,13 @@ class RollingCache:
         copy. A chunk must not overwrite yet: its first queries still see what its last keys will replace, so it looks
         at the old ring and itself side by side. Source: Mistral 7B (section 2, Figure 3: chunked pre-fill).
         """
-        new = key.shape[2]
-        if new == 1:
+        if key.shape[2] == 1:
             self._write(key, value)
             if in_order:
                 return torch.cat(self._in_order(self.keys), dim=2), torch.cat(self._in_order(self.values), dim=2)
-            return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+            if self.seen >= self.ring:
+                return self.keys, self.values
+            return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
         if not self.seen:
             self._write(key, value)
             return key, value
@@ -197,14 +198,14 @@ class FixedCache(RollingCache):
 def in_heads(x: Float[Tensor, "batch seq features"], kv: int, head_dim: int) -> Query:
     """Numbers side by side as the heads that they are. A single token's stand in this order already."""
     if x.shape[1] == 1:
-        return x.reshape(len(x), kv, -1, 1, head_dim)
+        return x.reshape(x.shape[0], kv, -1, 1, head_dim)
     return rearrange(x, "batch seq (kv group head_dim) -> batch kv group seq head_dim", kv=kv, head_dim=head_dim)
 
 
 def side_by_side(heads: Query) -> Float[Tensor, "batch seq features"]:
     """The way back."""
     if heads.shape[3] == 1:
-        return heads.reshape(len(heads), 1, -1)
+        return heads.reshape(heads.shape[0], 1, -1)
     return rearrange(heads, "batch kv group seq head_dim -> batch seq (kv group head_dim)")
 
 

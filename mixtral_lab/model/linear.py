@@ -74,13 +74,18 @@ def linear(
     `onednn_works` tries it once and `F.linear` stays the way back. In bfloat16 `F.linear` is oneDNN's product already; there
     and with oneDNN's own, only the number of rows is rounded up (`ROWS`).
     """
+    if torch.compiler.is_compiling():
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, weight)
+        # one loop, which reads the matrix once
+        return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    if x.dtype == torch.float32 and not amd():
+        return F.linear(x, weight)
     if single(x) and _tuned and x.dtype in SWEPT and x.dtype == weight.dtype:
         return _row_by(weight, x)
-    rows = x.numel() // x.shape[-1]
-    if rows == 1 and torch.compiler.is_compiling():  # one loop, which reads the matrix once
-        return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     if not rounds_up(x) or x.dtype != weight.dtype:
         return F.linear(x, weight)
+    rows = x.numel() // x.shape[-1]
     few = rows < ROWS and weight.numel() < SWEPT[torch.float32]
     if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu")):
         return F.linear(x, weight)
@@ -97,17 +102,14 @@ def _row_by(weight: Float[Tensor, "features_out features_in"], x: Tensor) -> Ten
     In bfloat16 `torch.mv` starts and reads faster than `F.linear`.
     """
     numbers, swept = weight.numel(), amd()
-    if TINY < numbers < SWEPT[x.dtype] and swept:
-        out = small_products(weight, x.reshape(-1)).to(x.dtype)
-    elif x.dtype == torch.float32:
-        return _product(x, weight) if numbers > TINY else F.linear(x, weight)
-    elif numbers <= (TINY if swept else WIDENED):
-        return F.linear(x.float(), weight.float()).to(x.dtype)
-    elif swept:
-        return F.linear(x, weight)
-    else:
-        out = torch.mv(weight, x.reshape(-1))
-    return out.view(*x.shape[:-1], -1)
+    if numbers <= (TINY if swept else WIDENED):
+        out = F.linear(x.float(), weight.float())
+        return out if out.dtype == x.dtype else out.to(x.dtype)
+    if not swept:
+        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    if numbers < SWEPT[x.dtype]:
+        return small_products(weight[None], x.reshape(1, 1, -1)).to(x.dtype).view(*x.shape[:-1], -1)
+    return _product(x, weight)
 
 
 def rounds_up(x: Tensor) -> bool:
@@ -125,16 +127,16 @@ def rounded_up(rows: int, multiple: int) -> int:
 
 
 def small_products(
-    weight: Float[Tensor, "*experts features_out features_in"], x: Float[Tensor, "*#experts features_in"]
-) -> Float[Tensor, "*experts features_out"]:
-    """One vector times a small matrix, or several, each with its own; bfloat16 is widened first, the result is float32.
+    weight: Float[Tensor, "expert features_out features_in"], x: Float[Tensor, "expert 1 features_in"]
+) -> Float[Tensor, "expert 1 features_out"]:
+    """A row times a small matrix, for each of a few; bfloat16 is widened first, the result is float32.
 
     On an AMD processor, where PyTorch's product with a vector keeps one core busy, in two sweeps over the matrices: a product
     and a sum, which all cores share alike, so that the second finds in a core's cache what the first left there.
     """
     if amd():
-        return (weight * x.float().unsqueeze(-2)).sum(-1)
-    return torch.matmul(x.float().unsqueeze(-2), weight.float().mT).squeeze(-2)
+        return (weight * x.float()).sum(-1).unsqueeze(1)
+    return torch.bmm(x.float(), weight.float().mT)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

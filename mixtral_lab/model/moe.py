@@ -189,11 +189,12 @@ class Experts(Module):
         if gate.dtype != x.dtype or gate[0].numel() >= SWEPT.get(x.dtype, 0):
             return None
         two = slice(min(first, second), max(first, second) + 1, abs(first - second))
-        token, weights = x.view(1, -1), routing.weights.view(-1).float()
-        weights = weights if first < second else weights.flip(0)
+        token, weights = x.expand(2, 1, -1), routing.weights.view(1, 1, 2).float()
+        weights = weights if first < second else weights.flip(2)
         hidden = F.silu(small_products(gate[two], token)) * small_products(up[two], token)
         answers = small_products(down[two], hidden)
-        return (weights @ answers).to(x.dtype).view_as(x)
+        mixed = torch.bmm(weights, answers.view(1, 2, -1))
+        return mixed if mixed.dtype == x.dtype else mixed.to(x.dtype)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
