@@ -145,6 +145,18 @@ class RollingCache:
         self._write(key, value)
         return looked_at
 
+    def add(
+        self, key: Float[Tensor, "kv head_dim"], value: Float[Tensor, "kv head_dim"]
+    ) -> tuple[Float[Tensor, "1 kv key head_dim"], Float[Tensor, "1 kv key head_dim"]]:
+        """`extend` by one token of one text: the ring as it lies."""
+        slot = self.seen % self.ring
+        self.keys.select(2, slot).copy_(key)
+        self.values.select(2, slot).copy_(value)
+        self.seen += 1
+        if self.seen >= self.ring:
+            return self.keys, self.values
+        return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
+
     def _in_order(self, store: Ring) -> tuple[Keys, ...]:
         """The filled slots, the oldest first, in one piece or two. With a ring of 4 and 6 columns seen, slots hold
         columns 4, 5, 2, 3.
@@ -235,6 +247,24 @@ class Attention(Module):
     def explicit(self) -> bool:
         """Whether scores and pattern are computed as such: by choice, or because somebody looks at them."""
         return self.plain or self.scores.watched or self.pattern.watched
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for the definition."""
+        products = type(self.query) is type(self.key) is type(self.value) is type(self.output) is Linear
+        return products and not self.plain
+
+    def row(
+        self, x: Float[Tensor, " dim"], turn: tuple[Tensor, Tensor], cache: RollingCache
+    ) -> Float[Tensor, " dim"]:
+        """The same for one token of one text."""
+        query, key, value = self.query.row(x), self.key.row(x), self.value.row(x)
+        heads = rotate(torch.cat((query, key)).view(-1, self.head_dim), turn)
+        query, key = heads.split((heads.shape[0] - self.n_kv_heads, self.n_kv_heads))
+        keys, values = cache.add(key, value.view(self.n_kv_heads, -1))
+        query = query.view(1, self.n_kv_heads, -1, self.head_dim).to(keys.dtype)
+        out = F.scaled_dot_product_attention(query, keys, values)  # the heads of a group are rows that look at the same keys
+        return self.output.row(out.view(-1).float())
 
     def forward(
         self, x: Float[Tensor, "batch seq dim"], turn: Rotation, mask: Mask | None, cache: RollingCache | None

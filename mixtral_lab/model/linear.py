@@ -37,6 +37,12 @@ class Linear(nn.Linear):
             self.packed = None
         return linear(x, self.weight)
 
+    def row(self, x: Float[Tensor, " features_in"]) -> Float[Tensor, " features_out"]:
+        """The same for one row, in float32."""
+        if self.packed is not None and _tuned:
+            return self(x.to(self.weight.dtype)[None])[0].float()
+        return row(x, self._parameters["weight"])  # type: ignore[arg-type]  # found at once, unlike self.weight
+
 
 class Packed(NamedTuple):
     """A weight in the order in which oneDNN multiplies it fastest, and the place and version of the one it is a copy of."""
@@ -69,7 +75,7 @@ def linear(
 ) -> Float[Tensor, "*rows features_out"]:
     """Multiply by a weight matrix. Inference on a CPU takes a shorter road than `F.linear` where one pays.
 
-    A single row is a matter of starting little and reading the matrix once: `_row_by` says how. For many rows,
+    A single row is a matter of starting little and reading the matrix once: `row` says how. For many rows,
     PyTorch's float32 product runs at half of oneDNN's speed on an AMD processor. That operator is private to PyTorch, so
     `onednn_works` tries it once and `F.linear` stays the way back. In bfloat16 `F.linear` is oneDNN's product already; there
     and with oneDNN's own, only the number of rows is rounded up (`ROWS`).
@@ -82,7 +88,7 @@ def linear(
     if x.dtype == torch.float32 and not amd():
         return F.linear(x, weight)
     if single(x) and _tuned and x.dtype in SWEPT and x.dtype == weight.dtype:
-        return _row_by(weight, x)
+        return row(x.reshape(-1).float(), weight).to(x.dtype).view(*x.shape[:-1], -1)
     if not rounds_up(x) or x.dtype != weight.dtype:
         return F.linear(x, weight)
     rows = x.numel() // x.shape[-1]
@@ -96,20 +102,23 @@ def linear(
     return _product(torch.cat((flat, flat[:missing])), weight)[:rows].reshape(*x.shape[:-1], -1)
 
 
-def _row_by(weight: Float[Tensor, "features_out features_in"], x: Tensor) -> Tensor:
-    """A single row times a matrix, by size, dtype and processor; each limit is where two roads took the same time.
+def row(
+    x: Float[Tensor, " features_in"], weight: Float[Tensor, "features_out features_in"]
+) -> Float[Tensor, " features_out"]:
+    """A single row times a matrix, both ways in float32, whatever the matrix is.
 
-    In bfloat16 `torch.mv` starts and reads faster than `F.linear`.
+    By size, dtype and processor; each limit is where two roads took the same time.
     """
-    numbers, swept = weight.numel(), amd()
-    if numbers <= (TINY if swept else WIDENED):
-        out = F.linear(x.float(), weight.float())
-        return out if out.dtype == x.dtype else out.to(x.dtype)
-    if not swept:
-        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if numbers < SWEPT[x.dtype]:
-        return small_products(weight[None], x.reshape(1, 1, -1)).to(x.dtype).view(*x.shape[:-1], -1)
-    return _product(x, weight)
+    numbers, wide = weight.numel(), weight.dtype == torch.float32
+    if not _tuned:
+        return F.linear(x.to(weight.dtype)[None], weight)[0].float()
+    if numbers <= TINY or (not amd() and (wide or numbers <= WIDENED)):
+        return torch.mv(weight if wide else weight.float(), x)
+    if not amd():
+        return torch.mv(weight, x.to(weight.dtype)).float()
+    if numbers < SWEPT.get(weight.dtype, 0):
+        return small_products(weight[None], x.view(1, 1, -1)).view(-1)
+    return _product(x.to(weight.dtype)[None], weight)[0].float()
 
 
 def rounds_up(x: Tensor) -> bool:

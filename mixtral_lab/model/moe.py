@@ -77,6 +77,10 @@ class Router(Module):
             best = logits.gather(-1, experts)
         return Routing(logits, experts, self.weights(share(best), logits, experts))
 
+    def row(self, x: Float[Tensor, " dim"]) -> Routing:
+        """The same for one token."""
+        return route(self.score.row(x), self.n_choices)
+
 
 class SwiGLU(Module):
     """One expert: `down(silu(gate(x)) * up(x))`. In a dense model, the whole feed-forward is one of these.
@@ -96,6 +100,15 @@ class SwiGLU(Module):
 
     def inside(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens hidden"]:
         return self.hidden(F.silu(self.gate(x)) * self.up(x))
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether `row` computes what `forward` does: nothing in here was replaced."""
+        return type(self.gate) is type(self.up) is type(self.down) is Linear
+
+    def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
+        """The same for one token."""
+        return self.down.row(F.silu(self.gate.row(x)) * self.up.row(x))
 
 
 Mix = Callable[[Tensor, Routing, nn.ModuleList], Tensor]
@@ -130,12 +143,8 @@ class Experts(Module):
         self._places: list[tuple[int, ...]] = []  # of each expert's weights in it
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
-        if self.dispatch == "auto":
-            if torch.compiler.is_compiling() and self.bank is not None:
-                return mix_picked(x, routing.weights, *(part[routing.experts] for part in self.bank))
-            mixed = self._two_in_place(x, routing)
-            if mixed is not None:
-                return mixed
+        if self.dispatch == "auto" and torch.compiler.is_compiling() and self.bank is not None:
+            return mix_picked(x, routing.weights, *(part[routing.experts] for part in self.bank))
         apart = self.hidden.watched or self.out.watched or self.weighted.watched
         dispatch = mix_dense if self.dispatch == "dense" else self.dispatch
         if not isinstance(dispatch, str):
@@ -175,26 +184,27 @@ class Experts(Module):
         """The experts, by their own type."""
         return list(self.ffn)  # type: ignore[arg-type]
 
-    def _two_in_place(self, x: Tensor, routing: Routing) -> Tensor | None:
-        """A single token and its two experts in one sweep, read where they lie; None where that cannot be or does not pay.
+    def row(self, x: Float[Tensor, " dim"], routing: Routing) -> Float[Tensor, " dim"] | None:
+        """The same for one token, by its experts in turn; None if one of these is no ordinary `SwiGLU`.
 
-        Two experts are every n-th of the bank: a slice, which copies nothing.
+        Two small experts are taken at once and where they lie: they are every n-th of the bank, a slice, which copies nothing.
         """
-        if not single(x) or routing.experts.numel() != 2 or not free_of_hooks(self):
+        chosen, weights = routing.experts.tolist(), routing.weights
+        experts: list[Any] = [self.ffn._modules[str(expert)] for expert in chosen]
+        if not all(type(expert) is SwiGLU and expert.ordinary for expert in experts):
             return None
-        first, second = routing.experts.view(-1).tolist()
-        if first == second or not self._has_bank(first, second) or self.bank is None:
-            return None
-        gate, up, down = self.bank
-        if gate.dtype != x.dtype or gate[0].numel() >= SWEPT.get(x.dtype, 0):
-            return None
-        two = slice(min(first, second), max(first, second) + 1, abs(first - second))
-        token, weights = x.expand(2, 1, -1), routing.weights.view(1, 1, 2).float()
-        weights = weights if first < second else weights.flip(2)
-        hidden = F.silu(small_products(gate[two], token)) * small_products(up[two], token)
-        answers = small_products(down[two], hidden)
-        mixed = torch.bmm(weights, answers.view(1, 2, -1))
-        return mixed if mixed.dtype == x.dtype else mixed.to(x.dtype)
+        numbers = experts[0].gate._parameters["weight"].numel()
+        if len(chosen) == 2 and numbers < SWEPT[torch.bfloat16] and self._has_bank(*chosen) and self.bank is not None:
+            first, second = chosen
+            if first > second:
+                first, second, weights = second, first, weights.flip(0)
+            gate, up, down = (part[first : second + 1 : second - first] for part in self.bank)
+            token = x.expand(2, 1, -1)
+            hidden = F.silu(small_products(gate, token)) * small_products(up, token)
+            answers = small_products(down, hidden).squeeze(1)
+        else:
+            answers = torch.stack([expert.row(x) for expert in experts])
+        return weights @ answers
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Heads = Float[Tensor, "batch kv group seq head_dim"]
+Heads = Float[Tensor, "*heads head_dim"]
 # Cosines and sines, with an axis of 1 where queries have `kv` and `group`.
 Rotation = tuple[Float[Tensor, "#batch 1 1 seq head_dim"], Float[Tensor, "#batch 1 1 seq head_dim"]]
 
@@ -30,21 +30,23 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
 AHEAD = 64  # positions whose rotations are computed together while a text is written
 
 
-def rotation_at(position: int, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rotation_at(
+    position: int, head_dim: int, theta: float
+) -> tuple[Float[Tensor, " head_dim"], Float[Tensor, " head_dim"]]:
     """`rotation` of a single position on the CPU, taken from those of its neighbours, which the next tokens will ask for."""
     block, at = divmod(position, AHEAD)
-    cos, sin = _rotations(block, head_dim, theta, dtype)
+    cos, sin = _rotations(block, head_dim, theta)
     return cos[at], sin[at]
 
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept may be asked for outside of it
-def _rotations(block: int, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+def _rotations(block: int, head_dim: int, theta: float) -> tuple[tuple[Tensor, ...], ...]:
     positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
-    return tuple(part.to(dtype).split(1, dim=3) for part in rotation(positions, head_dim, theta))
+    return tuple(part.view(AHEAD, head_dim).unbind() for part in rotation(positions, head_dim, theta))
 
 
-def rotate(x: Heads, turn: Rotation) -> Heads:
+def rotate(x: Heads, turn: tuple[Tensor, Tensor]) -> Heads:
     """Turn every pair of numbers in each head by its angle; the dot product of two then sees only distance.
 
     A pair is (number `i`, number `i + head_dim / 2`), the layout of Hugging Face checkpoints. Mistral's own

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
-from mixtral_lab.model.linear import Linear, linear, settled, single
+from mixtral_lab.model.linear import Linear, linear, row, settled, single
 from mixtral_lab.model.module import Module
-from mixtral_lab.model.moe import Experts, Router, SwiGLU
+from mixtral_lab.model.moe import Experts, Router, Routing, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation, rotation_at
-from mixtral_lab.model.site import Site, watched
+from mixtral_lab.model.site import Site, free_of_hooks, watched
 
 Cache = list[RollingCache]  # one for each layer
 NOTHING = torch.zeros(())  # plus two factors and a number is one operation, where a product of the three would be two
@@ -31,11 +31,12 @@ class RMSNorm(Module):
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq dim"]:
         wide = x.float()
-        if single(x):
-            token = wide.view(-1)
-            scale = (token.dot(token).item() / len(token) + self.eps) ** -0.5
-            return torch.addcmul(NOTHING, wide, self.weight, value=scale).to(x.dtype)
         return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+    def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
+        """The same for one token, whose scale is one number."""
+        scale = (x.dot(x).item() / x.shape[0] + self.eps) ** -0.5
+        return torch.addcmul(NOTHING, x, self.weight, value=scale)
 
 
 class Residual(Module):
@@ -72,6 +73,31 @@ class Block(Module):
             return self.residual.after(x + self.feed_forward(normed))
         return self.residual.after(x + self.experts(normed, self.router(normed)))
 
+    @property
+    def ordinary(self) -> bool:
+        """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
+        if not (type(self.attention_norm) is type(self.ffn_norm) is RMSNorm and type(self.attention) is Attention):
+            return False
+        if self.router is None:
+            return self.attention.ordinary and type(self.feed_forward) is SwiGLU and self.feed_forward.ordinary
+        plain_router = type(self.router) is Router and type(self.router.score) is Linear
+        return self.attention.ordinary and plain_router and self.experts.dispatch == "auto"
+
+    def row(self, x: Float[Tensor, " dim"], turn: tuple[Tensor, Tensor], cache: RollingCache) -> Float[Tensor, " dim"]:
+        """The same for one token of one text."""
+        x = x + self.attention.row(self.attention_norm.row(x), turn, cache)
+        normed = self.ffn_norm.row(x)
+        if self.router is None:
+            return x + self.feed_forward.row(normed)
+        routing = self.router.row(normed)
+        mixed = self.experts.row(normed, routing) if type(self.experts) is Experts else None
+        if mixed is None:  # experts of another kind know only the general way
+            dtype = self.ffn_norm.weight.dtype
+            weights, logits = routing.weights.to(dtype)[None, None], routing.logits.to(dtype)[None, None]
+            own = Routing(logits, routing.experts[None, None], weights)
+            mixed = self.experts(normed.to(dtype)[None, None], own)[0, 0].float()
+        return x + mixed
+
 
 class Transformer(Module):
     """Token ids in, a score for every possible next token out: Mistral if dense, Mixtral if it has experts."""
@@ -97,6 +123,8 @@ class Transformer(Module):
         `cache` holds what earlier calls fed; this call goes on from there. `padding` says how many ids at the left
         of each row only fill it up; give the same in every call that shares a cache.
         """
+        if ids.numel() == 1 and padding is None and cache is not None and self._alone(ids, cache):
+            return self._row(ids, cache)
         turn, mask = self._where(ids, cache, padding)
         x = self.embed(ids)
         for i, block in enumerate(self.layers):
@@ -105,6 +133,32 @@ class Transformer(Module):
         x = self.final_norm(x if whole else x[:, -1:])
         logits = self.logits(linear(x, self.embed.weight) if self.unembed is None else self.unembed(x))
         return logits[:, -1:] if last_only else logits
+
+    def _alone(self, ids: Int[Tensor, "1 1"], cache: Cache) -> bool:
+        """Whether a token is so alone that `row` is all there is to do: on a CPU, with nobody who watches, trains or compiles."""
+        return (
+            single(ids)
+            and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
+            and type(cache[0]) is RollingCache
+            and type(self.embed) is nn.Embedding
+            and type(self.final_norm) is RMSNorm
+            and (self.unembed is None or type(self.unembed) is Linear)
+            and free_of_hooks(self)
+            and all(type(block) is Block and block.ordinary for block in self.layers)
+        )
+
+    def _row(self, ids: Int[Tensor, "1 1"], cache: Cache) -> Float[Tensor, "1 1 vocab"]:
+        """`forward` for one token of one text: a vector in float32 that every layer adds to.
+
+        It takes half of the time, since starting an operation takes longer than what it does with a vector.
+        """
+        turn = rotation_at(cache[0].seen, self.config.head_dim, self.config.rope_theta)
+        x = self.embed.weight.index_select(0, ids.view(-1)).view(-1).float()
+        for block, own in zip(self.blocks, cache, strict=True):
+            x = block.row(x, turn, own)
+        x = self.final_norm.row(x)
+        logits = row(x, self.embed.weight) if self.unembed is None else self.unembed.row(x)
+        return logits.to(self.embed.weight.dtype).view(1, 1, -1)
 
     @property
     def blocks(self) -> list[Block]:
@@ -129,13 +183,11 @@ class Transformer(Module):
         """
         config, new = self.config, ids.shape[1]
         seen = cache[0].seen if cache else 0
-        fixed = cache is not None and isinstance(cache[0], FixedCache)
-        if ids.numel() == 1 and padding is None and single(ids) and not fixed:
-            return rotation_at(seen, config.head_dim, config.rope_theta, self.embed.weight.dtype), None
         columns = (seen + torch.arange(new, device=ids.device))[None]
         positions = columns if padding is None else columns - padding[:, None]
         cos, sin = rotation(positions, config.head_dim, config.rope_theta)
         turn = settled(cos.to(self.embed.weight.dtype)), settled(sin.to(self.embed.weight.dtype))
+        fixed = cache is not None and isinstance(cache[0], FixedCache)
         if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
