@@ -255,15 +255,17 @@ class Attention(Module):
         return products and not self.plain
 
     def row(
-        self, x: Float[Tensor, " dim"], turn: tuple[Tensor, Tensor], cache: RollingCache
+        self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache
     ) -> Float[Tensor, " dim"]:
-        """The same for one token of one text."""
+        """The same for one token of one text. `turn` is `turn_at` its position."""
+        kv, head_dim = self.n_kv_heads, self.head_dim
         query, key, value = self.query.row(x), self.key.row(x), self.value.row(x)
-        heads = rotate(torch.cat((query, key)).view(-1, self.head_dim), turn)
-        query, key = heads.split((heads.shape[0] - self.n_kv_heads, self.n_kv_heads))
-        keys, values = cache.add(key, value.view(self.n_kv_heads, -1))
-        query = query.view(1, self.n_kv_heads, -1, self.head_dim).to(keys.dtype)
-        out = F.scaled_dot_product_attention(query, keys, values)  # the heads of a group are rows that look at the same keys
+        heads = torch.cat((query, key)).view(-1, head_dim) @ turn
+        keys, values = cache.add(heads[-kv:], value.view(kv, head_dim))
+        query = heads[:-kv].view(1, kv, -1, head_dim)  # the heads of a group are rows that look at the same keys
+        if query.dtype != keys.dtype:
+            query = query.to(keys.dtype)
+        out = F.scaled_dot_product_attention(query, keys, values)
         return self.output.row(out.view(-1).float())
 
     def forward(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,12 +109,14 @@ def row(
 
     By size, dtype and processor; each limit is where two roads took the same time.
     """
-    numbers, wide = weight.numel(), weight.dtype == torch.float32
+    numbers, swept = weight.numel(), _tuned and amd()
+    if weight.dtype == torch.float32 and (not swept or numbers <= TINY):
+        return torch.mv(weight, x)
     if not _tuned:
         return F.linear(x.to(weight.dtype)[None], weight)[0].float()
-    if numbers <= TINY or (not amd() and (wide or numbers <= WIDENED)):
-        return torch.mv(weight if wide else weight.float(), x)
-    if not amd():
+    if numbers <= (TINY if swept else WIDENED):
+        return torch.mv(weight.float(), x)
+    if not swept:
         return torch.mv(weight, x.to(weight.dtype)).float()
     if numbers < SWEPT.get(weight.dtype, 0):
         return small_products(weight[None], x.view(1, 1, -1)).view(-1)
@@ -184,7 +186,7 @@ def portable() -> Iterator[None]:
 @functools.cache
 def amd() -> bool:
     """Whether this is one of AMD's processors: PyTorch's own products on x86 are MKL's, which is at home on Intel's."""
-    about = getattr(torch.cpu, "get_capabilities", dict)()
+    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "AMD" in about.get("cpu_name", "") or bool(about.get("sse4a"))  # which only AMD's have
 
 

@@ -18,7 +18,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, single, small_products
+from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products
 from mixtral_lab.model.module import Module
 from mixtral_lab.model.site import Site, free_of_hooks
 
@@ -190,21 +190,19 @@ class Experts(Module):
         Two small experts are taken at once and where they lie: they are every n-th of the bank, a slice, which copies nothing.
         """
         chosen, weights = routing.experts.tolist(), routing.weights
-        experts: list[Any] = [self.ffn._modules[str(expert)] for expert in chosen]
+        if len(chosen) == 2 and self._has_bank(*chosen) and self.bank is not None:
+            gate, up, down = self.bank
+            if gate[0].numel() < SWEPT.get(gate.dtype, 0):
+                first, second = chosen
+                if first > second:
+                    first, second, weights = second, first, weights.flip(0)
+                two, token = slice(first, second + 1, second - first), x.expand(2, 1, -1)
+                hidden = F.silu(small_products(gate[two], token)) * small_products(up[two], token)
+                return torch.mv(small_products(down[two], hidden).squeeze(1).T, weights)
+        experts: list[Any] = [self.ffn[expert] for expert in chosen]
         if not all(type(expert) is SwiGLU and expert.ordinary for expert in experts):
             return None
-        numbers = experts[0].gate._parameters["weight"].numel()
-        if len(chosen) == 2 and numbers < SWEPT[torch.bfloat16] and self._has_bank(*chosen) and self.bank is not None:
-            first, second = chosen
-            if first > second:
-                first, second, weights = second, first, weights.flip(0)
-            gate, up, down = (part[first : second + 1 : second - first] for part in self.bank)
-            token = x.expand(2, 1, -1)
-            hidden = F.silu(small_products(gate, token)) * small_products(up, token)
-            answers = small_products(down, hidden).squeeze(1)
-        else:
-            answers = torch.stack([expert.row(x) for expert in experts])
-        return weights @ answers
+        return torch.mv(torch.stack([expert.row(x) for expert in experts]).T, weights)
 
     def _all_in_one(self, x: Tensor) -> Bank | None:
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
@@ -264,14 +262,15 @@ class Bank(NamedTuple):
 
 
 def places(expert: Any) -> tuple[int, ...]:
-    """Where an expert's weights lie in memory (0: in no ordinary matrix); they may have been replaced since a bank was made.
+    """Where an expert's weights lie in memory (nowhere, if it is no ordinary one); they may have been replaced since a bank was
+    made of them.
 
     Asked for every token, so the weights are taken from where PyTorch keeps them, without its slow look-up.
     """
-    return tuple(
-        part._parameters["weight"].data_ptr() if type(part) is Linear else 0
-        for part in (expert.gate, expert.up, expert.down)
-    )
+    if type(expert) is not SwiGLU or not expert.ordinary:
+        return ()
+    gate, up, down = expert.gate._parameters, expert.up._parameters, expert.down._parameters
+    return gate["weight"].data_ptr(), up["weight"].data_ptr(), down["weight"].data_ptr()  # type: ignore[union-attr]
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:
@@ -305,8 +304,6 @@ def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
     """
 
     def side_by_side(role: str) -> Tensor | None:
-        if not copy and any(type(getattr(expert, role)) is not Linear for expert in experts):
-            return None
         weights = [getattr(expert, role).weight.detach() for expert in experts]
         first, places = weights[0], [weight.storage_offset() for weight in weights]
         step = places[1] - places[0] if len(places) > 1 else first.numel()
@@ -324,6 +321,8 @@ def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
             getattr(expert, role).weight.data = weight
         return laid
 
+    if not copy and not all(type(expert) is SwiGLU and expert.ordinary for expert in experts):
+        return None
     gate, up, down = (side_by_side(role) for role in ("gate", "up", "down"))
     return None if gate is None or up is None or down is None else Bank(gate, up, down)
 

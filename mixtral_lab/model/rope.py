@@ -27,25 +27,6 @@ def rotation(positions: Int[Tensor, "#batch seq"], head_dim: int, theta: float) 
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-AHEAD = 64  # positions whose rotations are computed together while a text is written
-
-
-def rotation_at(
-    position: int, head_dim: int, theta: float
-) -> tuple[Float[Tensor, " head_dim"], Float[Tensor, " head_dim"]]:
-    """`rotation` of a single position on the CPU, taken from those of its neighbours, which the next tokens will ask for."""
-    block, at = divmod(position, AHEAD)
-    cos, sin = _rotations(block, head_dim, theta)
-    return cos[at], sin[at]
-
-
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept may be asked for outside of it
-def _rotations(block: int, head_dim: int, theta: float) -> tuple[tuple[Tensor, ...], ...]:
-    positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
-    return tuple(part.view(AHEAD, head_dim).unbind() for part in rotation(positions, head_dim, theta))
-
-
 def rotate(x: Heads, turn: tuple[Tensor, Tensor]) -> Heads:
     """Turn every pair of numbers in each head by its angle; the dot product of two then sees only distance.
 
@@ -57,3 +38,22 @@ def rotate(x: Heads, turn: tuple[Tensor, Tensor]) -> Heads:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     partner = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, partner, sin)
+
+
+AHEAD = 16  # positions whose matrices are made together while a text is written
+
+
+def turn_at(position: int, head_dim: int, theta: float) -> Float[Tensor, "head_dim head_dim"]:
+    """`rotate` by a single position as a matrix, `heads @ turn`: one product instead of three operations. On the CPU.
+
+    Its rows are those of the identity, turned. Made with those of its neighbours, which the next tokens will ask for.
+    """
+    return _turns(position // AHEAD, head_dim, theta)[position % AHEAD]
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may be asked for outside of it
+def _turns(block: int, head_dim: int, theta: float) -> tuple[Tensor, ...]:
+    positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
+    cos, sin = (part.view(AHEAD, 1, head_dim) for part in rotation(positions, head_dim, theta))
+    return rotate(torch.eye(head_dim), (cos, sin)).unbind()

@@ -11,7 +11,7 @@ from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCach
 from mixtral_lab.model.linear import Linear, linear, row, settled, single
 from mixtral_lab.model.module import Module
 from mixtral_lab.model.moe import Experts, Router, Routing, SwiGLU
-from mixtral_lab.model.rope import Rotation, rotation, rotation_at
+from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
 
 Cache = list[RollingCache]  # one for each layer
@@ -83,8 +83,10 @@ class Block(Module):
         plain_router = type(self.router) is Router and type(self.router.score) is Linear
         return self.attention.ordinary and plain_router and self.experts.dispatch == "auto"
 
-    def row(self, x: Float[Tensor, " dim"], turn: tuple[Tensor, Tensor], cache: RollingCache) -> Float[Tensor, " dim"]:
-        """The same for one token of one text."""
+    def row(
+        self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache
+    ) -> Float[Tensor, " dim"]:
+        """The same for one token of one text. `turn` is `turn_at` its position."""
         x = x + self.attention.row(self.attention_norm.row(x), turn, cache)
         normed = self.ffn_norm.row(x)
         if self.router is None:
@@ -152,7 +154,7 @@ class Transformer(Module):
 
         It takes half of the time, since starting an operation takes longer than what it does with a vector.
         """
-        turn = rotation_at(cache[0].seen, self.config.head_dim, self.config.rope_theta)
+        turn = turn_at(cache[0].seen, self.config.head_dim, self.config.rope_theta)
         x = self.embed.weight.index_select(0, ids.view(-1)).view(-1).float()
         for block, own in zip(self.blocks, cache, strict=True):
             x = block.row(x, turn, own)
