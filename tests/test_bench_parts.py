@@ -234,7 +234,7 @@ def test_nothing_is_left_behind(model):
     assert torch.equal(model(ids), before)
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-        assert "forward" not in vars(module)
+        assert "forward" not in vars(module) and "row" not in vars(module)
 
 
 def test_experts_are_watched_without_hooks(model):

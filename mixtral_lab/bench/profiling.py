@@ -34,7 +34,8 @@ def profile(model: Transformer, ids: Int[Tensor, "batch seq"], repeats: int = 5)
     """Where the time goes while a model reads `ids` (prefill) and then one token more (decode), by site.
 
     Tidy: one row per (work, site) with `seconds` and its `share` of the pass; of `repeats` passes after one to warm up,
-    the one that took the median time. The sites are `SITES`: "attention" is attention itself with its cache; "gate",
+    the one that took the median time. The sites are `SITES`: "attention" is attention itself with its cache (and, for a token
+    alone on a CPU, the rotation); "gate",
     "up" and "down" are the products with these matrices; "mixing" is what else a feed-forward layer does (sorting
     tokens, the activation, the weighted sum), and all that it does where the model takes the chosen experts in one
     step; "unembedding" has the last norm in it.
@@ -61,7 +62,8 @@ def profile(model: Transformer, ids: Int[Tensor, "batch seq"], repeats: int = 5)
             clock = _Clock(ids.device)
             work()
             plain.append(clock.stop()["rest"])
-            with _watched(model, ids.device) as clock:
+            by_row = name == "decode" and model.alone(last[:, None], cache)
+            with _watched(model, ids.device, by_row) as clock:
                 work()
                 passes.append(clock.stop())
         unwatched[name] = sorted(plain[1:])[repeats // 2]
@@ -126,38 +128,40 @@ class _Clock:
 
 
 @contextmanager
-def _watched(model: Transformer, device: torch.device) -> Iterator[_Clock]:
+def _watched(model: Transformer, device: torch.device, by_row: bool = False) -> Iterator[_Clock]:
     """A clock that the model's submodules turn for as long as this is open.
 
-    Their `forward` is wrapped for that time: experts with hooks would be run by another road. Only the sites inside
-    attention are seen by hooks.
+    Their `forward`, or `row`, is wrapped for that time: experts with hooks would be run by another road. Only the sites inside
+    attention are seen by hooks, unless a token goes by `row`, which with a hook it would not: there rotation is within attention.
     """
+    method = "row" if by_row else "forward"
     clock = _Clock(device)
     restore: list[Callable[[], None]] = []
     hooks: list[Any] = []
 
     def inside(module: nn.Module, site: str, then: str | None = None) -> None:
-        forward = module.forward
+        plain = getattr(module, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             clock.enter(site)
             try:
-                return forward(*args, **kwargs)
+                return plain(*args, **kwargs)
             finally:
                 clock.leave(then)
 
-        own = "forward" in vars(module)  # whoever wrapped it before us finds it as it was
-        module.forward = timed
-        restore.append(partial(setattr, module, "forward", forward) if own else partial(delattr, module, "forward"))
+        own = method in vars(module)  # whoever wrapped it before us finds it as it was
+        setattr(module, method, timed)
+        restore.append(partial(setattr, module, method, plain) if own else partial(delattr, module, method))
 
     def after(site: nn.Module, what: str) -> None:
         hooks.append(site.register_forward_hook(lambda *_: clock.turn_to(what)))
 
     try:
-        inside(model.embed, "rest", then="rest")
+        if not by_row:
+            inside(model.embed, "rest", then="rest")
         for block in model.blocks:
             inside(block, "rest", then="unembedding")
-            _watch(block, inside, after)
+            _watch(block, inside, None if by_row else after)
         clock.restart()
         yield clock
     finally:
@@ -167,15 +171,18 @@ def _watched(model: Transformer, device: torch.device) -> Iterator[_Clock]:
             one()
 
 
-def _watch(block: Block, inside: Callable[[nn.Module, str], None], after: Callable[[nn.Module, str], None]) -> None:
+def _watch(
+    block: Block, inside: Callable[[nn.Module, str], None], after: Callable[[nn.Module, str], None] | None
+) -> None:
     inside(block.attention_norm, "norms")
     inside(block.ffn_norm, "norms")
     attention = block.attention
-    inside(attention, "rotation")  # what it does between its products and the heads' sites
+    inside(attention, "rotation" if after else "attention")  # what it does between its products and the heads' sites
     for part in (attention.query, attention.key, attention.value, attention.output):
         inside(part, "attention projections")
-    after(attention.heads.value, "attention")
-    after(attention.heads.out, "attention projections")
+    if after:
+        after(attention.heads.value, "attention")
+        after(attention.heads.out, "attention projections")
     if block.router is None:
         inside(block.feed_forward, "mixing")
         swiglus = [block.feed_forward]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_lab.model.bands import Keys, Query, attend_banded
 from mixtral_lab.model.linear import Linear, settled
-from mixtral_lab.model.module import Module
+from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.rope import Rotation, rotate
 from mixtral_lab.model.site import Site
 
@@ -251,8 +251,13 @@ class Attention(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for the definition."""
-        products = type(self.query) is type(self.key) is type(self.value) is type(self.output) is Linear
-        return products and not self.plain
+        return (
+            not self.plain
+            and as_made(self.query, Linear)
+            and as_made(self.key, Linear)
+            and as_made(self.value, Linear)
+            and as_made(self.output, Linear)
+        )
 
     def row(
         self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache

@@ -7,6 +7,11 @@ from typing import Any
 from torch import nn
 
 
+def as_made(part: Any, kind: type[nn.Module]) -> bool:
+    """Whether a part is of this very kind, and nobody has put another `forward` in the place of its own."""
+    return type(part) is kind and "forward" not in part.__dict__
+
+
 class Module(nn.Module):
     """Keeps its parts as ordinary attributes, too.
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products
-from mixtral_lab.model.module import Module
+from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -104,7 +104,7 @@ class SwiGLU(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced."""
-        return type(self.gate) is type(self.up) is type(self.down) is Linear
+        return as_made(self.gate, Linear) and as_made(self.up, Linear) and as_made(self.down, Linear)
 
     def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
         """The same for one token."""
@@ -200,7 +200,7 @@ class Experts(Module):
                 hidden = F.silu(small_products(gate[two], token)) * small_products(up[two], token)
                 return torch.mv(small_products(down[two], hidden).squeeze(1).T, weights)
         experts: list[Any] = [self.ffn[expert] for expert in chosen]
-        if not all(type(expert) is SwiGLU and expert.ordinary for expert in experts):
+        if not all(as_made(expert, SwiGLU) and expert.ordinary for expert in experts):
             return None
         return torch.mv(torch.stack([expert.row(x) for expert in experts]).T, weights)
 
@@ -267,10 +267,10 @@ def places(expert: Any) -> tuple[int, ...]:
 
     Asked for every token, so the weights are taken from where PyTorch keeps them, without its slow look-up.
     """
-    if type(expert) is not SwiGLU or not expert.ordinary:
+    if not as_made(expert, SwiGLU) or not expert.ordinary:
         return ()
     gate, up, down = expert.gate._parameters, expert.up._parameters, expert.down._parameters
-    return gate["weight"].data_ptr(), up["weight"].data_ptr(), down["weight"].data_ptr()  # type: ignore[union-attr]
+    return gate["weight"].data_ptr(), up["weight"].data_ptr(), down["weight"].data_ptr()
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:
@@ -321,7 +321,7 @@ def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
             getattr(expert, role).weight.data = weight
         return laid
 
-    if not copy and not all(type(expert) is SwiGLU and expert.ordinary for expert in experts):
+    if not copy and not all(places(expert) for expert in experts):
         return None
     gate, up, down = (side_by_side(role) for role in ("gate", "up", "down"))
     return None if gate is None or up is None or down is None else Bank(gate, up, down)

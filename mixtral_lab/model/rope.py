@@ -56,4 +56,4 @@ def turn_at(position: int, head_dim: int, theta: float) -> Float[Tensor, "head_d
 def _turns(block: int, head_dim: int, theta: float) -> tuple[Tensor, ...]:
     positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
     cos, sin = (part.view(AHEAD, 1, head_dim) for part in rotation(positions, head_dim, theta))
-    return rotate(torch.eye(head_dim), (cos, sin)).unbind()
+    return rotate(torch.eye(head_dim).expand(AHEAD, -1, -1), (cos, sin)).unbind()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 
@@ -43,6 +44,6 @@ def free_of_hooks(module: nn.Module) -> bool:
     made = RemovableHandle.next_id
     if getattr(module, "_free_of_hooks_at", None) == made:
         return True
-    free = not any(watched(inner) for inner in module.modules())
+    free = not _has_any_global_hook() and not any(watched(inner) for inner in module.modules())
     module._free_of_hooks_at = made if free else None  # type: ignore[assignment]
     return free

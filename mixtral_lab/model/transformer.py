@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear, row, settled, single
-from mixtral_lab.model.module import Module
+from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.moe import Experts, Router, Routing, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
@@ -76,12 +76,13 @@ class Block(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
-        if not (type(self.attention_norm) is type(self.ffn_norm) is RMSNorm and type(self.attention) is Attention):
+        if not (as_made(self.attention_norm, RMSNorm) and as_made(self.ffn_norm, RMSNorm)):
+            return False
+        if not (as_made(self.attention, Attention) and self.attention.ordinary):
             return False
         if self.router is None:
-            return self.attention.ordinary and type(self.feed_forward) is SwiGLU and self.feed_forward.ordinary
-        plain_router = type(self.router) is Router and type(self.router.score) is Linear
-        return self.attention.ordinary and plain_router and self.experts.dispatch == "auto"
+            return as_made(self.feed_forward, SwiGLU) and self.feed_forward.ordinary
+        return as_made(self.router, Router) and as_made(self.router.score, Linear) and self.experts.dispatch == "auto"
 
     def row(
         self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache
@@ -92,7 +93,7 @@ class Block(Module):
         if self.router is None:
             return x + self.feed_forward.row(normed)
         routing = self.router.row(normed)
-        mixed = self.experts.row(normed, routing) if type(self.experts) is Experts else None
+        mixed = self.experts.row(normed, routing) if as_made(self.experts, Experts) else None
         if mixed is None:  # experts of another kind know only the general way
             dtype = self.ffn_norm.weight.dtype
             weights, logits = routing.weights.to(dtype)[None, None], routing.logits.to(dtype)[None, None]
@@ -125,7 +126,7 @@ class Transformer(Module):
         `cache` holds what earlier calls fed; this call goes on from there. `padding` says how many ids at the left
         of each row only fill it up; give the same in every call that shares a cache.
         """
-        if ids.numel() == 1 and padding is None and cache is not None and self._alone(ids, cache):
+        if padding is None and cache is not None and self.alone(ids, cache):
             return self._row(ids, cache)
         turn, mask = self._where(ids, cache, padding)
         x = self.embed(ids)
@@ -136,17 +137,20 @@ class Transformer(Module):
         logits = self.logits(linear(x, self.embed.weight) if self.unembed is None else self.unembed(x))
         return logits[:, -1:] if last_only else logits
 
-    def _alone(self, ids: Int[Tensor, "1 1"], cache: Cache) -> bool:
-        """Whether a token is so alone that `row` is all there is to do: on a CPU, with nobody who watches, trains or compiles."""
+    def alone(self, ids: Int[Tensor, "batch seq"], cache: Cache) -> bool:
+        """Whether a token is so alone that its way is `row`: on a CPU, and nobody watches, trains, compiles or has replaced a
+        part.
+        """
         return (
-            single(ids)
+            ids.numel() == 1
+            and single(ids)
             and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
             and type(cache[0]) is RollingCache
-            and type(self.embed) is nn.Embedding
-            and type(self.final_norm) is RMSNorm
-            and (self.unembed is None or type(self.unembed) is Linear)
+            and as_made(self.embed, nn.Embedding)
+            and as_made(self.final_norm, RMSNorm)
+            and (self.unembed is None or as_made(self.unembed, Linear))
             and free_of_hooks(self)
-            and all(type(block) is Block and block.ordinary for block in self.layers)
+            and all(as_made(block, Block) and block.ordinary for block in self.layers)
         )
 
     def _row(self, ids: Int[Tensor, "1 1"], cache: Cache) -> Float[Tensor, "1 1 vocab"]:
