@@ -180,6 +180,7 @@ def test_a_profile_is_tidy_and_sums_to_the_pass(config, batch):
     prefill = frame[frame.work == "prefill"].site.tolist()
     expected = [site for site in SITES if site != "router" or config.n_experts]
     assert prefill == expected  # in the order of SITES, each once
+    assert ("rotation" in set(frame[frame.work == "decode"].site)) == (batch > 1)  # a token alone goes by `row`
     assert all(seconds > 0 for seconds in frame.attrs.values())
 
 

@@ -62,7 +62,8 @@ def profile(model: Transformer, ids: Int[Tensor, "batch seq"], repeats: int = 5)
             clock = _Clock(ids.device)
             work()
             plain.append(clock.stop()["rest"])
-            by_row = name == "decode" and model.alone(last[:, None], cache)
+            with torch.no_grad():
+                by_row = name == "decode" and model.alone(last[:, None], cache)
             with _watched(model, ids.device, by_row) as clock:
                 work()
                 passes.append(clock.stop())
