@@ -160,6 +160,49 @@ def test_a_part_of_another_kind_is_asked(laid_out):
     torch.testing.assert_close(written_anyhow(model), before, atol=1e-4, rtol=1e-4)
 
 
+SITES = [
+    "logits", "layers.1.residual.before", "layers.1.residual.between", "layers.0.residual.after", "layers.1.attention.heads.query",
+    "layers.1.attention.heads.key", "layers.1.attention.heads.value", "layers.1.attention.heads.out", "layers.1.router.logits",
+    "layers.1.router.weights", "layers.1.experts.out",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_another_module_in_the_place_of_a_site_is_asked(name, laid_out):
+    class Half(nn.Module):
+        watched = False
+        calls = 0
+
+        def forward(self, value, *known):
+            Half.calls += 1
+            return value / 2
+
+    model = random_model(mixtral(n_experts=3, n_choices=2))
+    if laid_out:
+        for block in model.blocks:
+            block.experts.lay_out()
+    before = written_anyhow(model)
+    owner, _, own = name.rpartition(".")
+    holder = model.get_submodule(owner)
+    site = getattr(holder, own)
+    setattr(holder, own, Half())
+    changed = written_anyhow(model)
+    assert Half.calls > 20 and (changed - before).abs().max() > 1e-3
+    setattr(holder, own, site)
+    torch.testing.assert_close(written(model), before, atol=1e-4, rtol=1e-4)
+
+
+def test_defaults_of_the_caller_do_not_matter():
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            turn = turn_at(4321, 10, 55.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert turn.dtype == torch.float32 and turn.device.type == "cpu"
+
+
 def test_an_id_beyond_the_vocabulary_is_no_other_token():
     model = random_model(mixtral())
     for wrong in (-1, model.config.vocab):

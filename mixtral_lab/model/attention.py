@@ -251,8 +251,11 @@ class Attention(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for the definition."""
+        heads = self.heads
         return (
             not self.plain
+            and type(heads.query) is type(heads.key) is type(heads.value) is type(heads.out) is Site
+            and type(self.scores) is type(self.pattern) is Site
             and as_made(self.query, Linear)
             and as_made(self.key, Linear)
             and as_made(self.value, Linear)

@@ -77,6 +77,11 @@ class Router(Module):
             best = logits.gather(-1, experts)
         return Routing(logits, experts, self.weights(share(best), logits, experts))
 
+    @property
+    def ordinary(self) -> bool:
+        """Whether `row` computes what `forward` does: nothing in here was replaced."""
+        return type(self.logits) is type(self.experts) is type(self.weights) is Site and as_made(self.score, Linear)
+
     def row(self, x: Float[Tensor, " dim"]) -> Routing:
         """The same for one token."""
         return route(self.score.row(x), self.n_choices)
@@ -104,7 +109,8 @@ class SwiGLU(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced."""
-        return as_made(self.gate, Linear) and as_made(self.up, Linear) and as_made(self.down, Linear)
+        products = as_made(self.gate, Linear) and as_made(self.up, Linear) and as_made(self.down, Linear)
+        return products and type(self.hidden) is Site
 
     def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
         """The same for one token."""
@@ -183,6 +189,13 @@ class Experts(Module):
     def swiglus(self) -> list[SwiGLU]:
         """The experts, by their own type."""
         return list(self.ffn)  # type: ignore[arg-type]
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether `row` computes what `forward` does, but for the experts themselves: nobody asked for another dispatch or
+        replaced a site.
+        """
+        return self.dispatch == "auto" and type(self.hidden) is type(self.out) is type(self.weighted) is Site
 
     def row(self, x: Float[Tensor, " dim"], routing: Routing) -> Float[Tensor, " dim"] | None:
         """The same for one token, by its experts in turn; None if one of these is no ordinary `SwiGLU`.

@@ -54,6 +54,6 @@ def turn_at(position: int, head_dim: int, theta: float) -> Float[Tensor, "head_d
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept may be asked for outside of it
 def _turns(block: int, head_dim: int, theta: float) -> tuple[Tensor, ...]:
-    positions = torch.arange(block * AHEAD, (block + 1) * AHEAD)[None]
+    positions = torch.arange(block * AHEAD, (block + 1) * AHEAD, device="cpu")[None]
     cos, sin = (part.view(AHEAD, 1, head_dim) for part in rotation(positions, head_dim, theta))
-    return rotate(torch.eye(head_dim).expand(AHEAD, -1, -1), (cos, sin)).unbind()
+    return rotate(torch.eye(head_dim, dtype=torch.float32, device="cpu").expand(AHEAD, -1, -1), (cos, sin)).unbind()

@@ -15,7 +15,9 @@ from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
 
 Cache = list[RollingCache]  # one for each layer
-NOTHING = torch.zeros(())  # plus two factors and a number is one operation, where a product of the three would be two
+NOTHING = torch.zeros(
+    (), dtype=torch.float32, device="cpu"
+)  # plus two factors and a number is one operation, where a product of the three would be two
 
 
 class RMSNorm(Module):
@@ -76,13 +78,16 @@ class Block(Module):
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
+        stream = self.residual
+        if not type(stream.before) is type(stream.between) is type(stream.after) is Site:
+            return False
         if not (as_made(self.attention_norm, RMSNorm) and as_made(self.ffn_norm, RMSNorm)):
             return False
         if not (as_made(self.attention, Attention) and self.attention.ordinary):
             return False
         if self.router is None:
             return as_made(self.feed_forward, SwiGLU) and self.feed_forward.ordinary
-        return as_made(self.router, Router) and as_made(self.router.score, Linear) and self.experts.dispatch == "auto"
+        return as_made(self.router, Router) and self.router.ordinary and self.experts.ordinary
 
     def row(
         self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache
@@ -146,6 +151,7 @@ class Transformer(Module):
             and single(ids)
             and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
             and type(cache[0]) is RollingCache
+            and type(self.logits) is Site
             and as_made(self.embed, nn.Embedding)
             and as_made(self.final_norm, RMSNorm)
             and (self.unembed is None or as_made(self.unembed, Linear))
