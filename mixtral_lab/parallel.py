@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixtral_lab.config import LabError
 from mixtral_lab.model import Transformer
-from mixtral_lab.model.moe import Answers, Chosen, Experts, Part, Routing, Rows, Take, take_sorted
+from mixtral_lab.model.moe import Chosen, Experts, Laid, Part, Routing, Rows, Take, take_sorted
 
 
 class ParallelError(LabError, ValueError):
@@ -53,9 +53,9 @@ class Shared(Experts):
     def way(self, dispatch: str) -> Take:
         return self._take  # whichever would be quickest for one process
 
-    def _take(self, rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+    def _take(self, rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Laid:
         mine = owned(len(experts), self.rank, self.size)
-        flat = rearrange(rows, "batch seq choice features -> (batch seq choice) features")
+        flat = rows.expand(*chosen.shape, -1).flatten(0, 2)
         total = len(flat)
         sent = torch.arange(total, device=rows.device)[self.rank :: self.size]
         wanted = chosen.flatten()[sent]
@@ -70,7 +70,7 @@ class Shared(Experts):
             local = take_sorted(
                 received[None, :, None], (which - mine.start)[None, :, None], experts[mine.start : mine.stop]
             )
-            answers = local[0, :, 0]
+            answers = local.in_place()[0, :, 0]
         else:
             answers = experts[mine.start](received)  # no rows, but of the right width
         answers = self._exchange(answers, there, back)
@@ -80,7 +80,7 @@ class Shared(Experts):
         everywhere = put_back.new_empty(self.size * each, answers.shape[-1])
         dist.all_gather_into_tensor(everywhere, put_back)
         in_turn = rearrange(everywhere, "(rank row) features -> (row rank) features", rank=self.size)
-        return in_turn[:total].view(*chosen.shape, -1)
+        return Laid(in_turn[:total], None, chosen.shape)
 
     def _exchange(self, rows: Tensor, come: list[int], go: list[int]) -> Tensor:
         received = rows.new_empty(sum(come), *rows.shape[1:])

@@ -65,8 +65,8 @@ def test_it_is_expert_by_expert_whoever_gets_no_token(dtype, size, counts, shape
         assert experts._all_in_one(x) is not None
         bank = experts._all_in_one(x)
         rows = x.unsqueeze(-2).expand(*routing.experts.shape, -1)
-        found = take_grouped(rows, routing.experts, bank.whole, n_experts)
-        expected = take_one_by_one(rows, routing.experts, experts.swiglus)
+        found = take_grouped(rows, routing.experts, bank.whole, n_experts).in_place()
+        expected = take_one_by_one(rows, routing.experts, experts.swiglus).in_place()
         near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
         torch.testing.assert_close(found, expected, **near)
         outs = {}
@@ -79,7 +79,7 @@ def test_all_tokens_may_choose_one_expert():
     experts = Experts(16, 8, 4).requires_grad_(False)
     experts.lay_out()
     x, chosen = torch.randn(1, 5, 16), torch.full((1, 5, 1), 2)
-    found = take_grouped(x.unsqueeze(-2), chosen, experts.bank.whole, 4)
+    found = take_grouped(x.unsqueeze(-2), chosen, experts.bank.whole, 4).in_place()
     torch.testing.assert_close(found[..., 0, :], experts.ffn[2](x))
 
 

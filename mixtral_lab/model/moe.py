@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,16 +23,50 @@ from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.site import Site, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
-Rows = Float[Tensor, "batch seq choice features_in"]
+Rows = Float[Tensor, "batch seq #choice features_in"]  # a row for each choice, or one for all choices of a token
 Answers = Float[Tensor, "batch seq choice features_out"]
 Part = Callable[[Tensor], Tensor]  # an expert, or half of one
-Take = Callable[[Tensor, Tensor, Sequence[Part]], Tensor]  # rows and choices to answers
 
 Sorted = Float[Tensor, "row features_in"]  # the rows of expert 0, then those of expert 1, ...
 SortedOut = Float[Tensor, "row features_out"]
 Ends = Int[Tensor, " expert"]
 ALIGNED = 16  # bytes: where the grouped product wants rows and matrices to begin
 FEW = 4  # up to so many tokens, running the chosen experts one by one is the quickest
+
+
+class Laid(NamedTuple):
+    """What the experts answered, a row for each choice, in the order in which they did.
+
+    Row `i` answers choice `order[i]`, counted through the whole text; without an order they stand as the text does.
+    """
+
+    rows: Float[Tensor, "row features_out"]
+    order: Int[Tensor, " row"] | None
+    shape: torch.Size  # batch, seq, choice
+
+    def in_place(self) -> Answers:
+        """Every answer where its choice stands."""
+        rows = self.rows
+        if self.order is not None:
+            rows = torch.empty_like(rows)
+            rows[self.order] = self.rows
+        return rows.view(*self.shape, -1)
+
+    def mixed(self, weights: Float[Tensor, "batch seq choice"]) -> Float[Tensor, "batch seq features_out"]:
+        """Weighed and summed, for each token.
+
+        On a CPU its answers are picked up where they lie: PyTorch's bag of embeddings is just that, a few rows of a table, each
+        with its weight, as one sum.
+        """
+        if self.order is None or torch.is_grad_enabled() or not self.rows.is_cpu:
+            return einsum(weights, self.in_place(), "batch seq choice, batch seq choice dim -> batch seq dim")
+        where = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)))
+        bags, shares = where.view(-1, self.shape[-1]), weights.reshape(-1, self.shape[-1])
+        mixed = F.embedding_bag(bags, self.rows, mode="sum", per_sample_weights=shares)
+        return mixed.view(*self.shape[:2], -1)
+
+
+Take = Callable[[Tensor, Tensor, Sequence[Part]], Laid]  # rows and choices to answers
 
 
 class Routing(NamedTuple):
@@ -159,7 +193,7 @@ class Experts(Module):
             dispatch = "every" if dispatch is mix_dense else "sorted"  # a whole mixture has no single answers to see
         if dispatch == "auto":
             few = x.shape[0] * x.shape[1] <= FEW and not torch.is_grad_enabled()
-            dispatch = "one_by_one" if few else "grouped" if x.is_cuda else "sorted"
+            dispatch = "one_by_one" if few else "grouped" if grouped_pays(x) else "sorted"
         chosen, take = routing.experts, self.way(dispatch)
         if take is take_sorted and rounds_up(x) and free_of_hooks(self.ffn):
             take = functools.partial(take_sorted, multiple=ROWS)
@@ -168,17 +202,17 @@ class Experts(Module):
             take = functools.partial(take_grouped, n_experts=len(self.ffn))
             whole, inside, down = bank.whole, bank.inside, bank.out  # type: ignore[assignment]
 
-        tokens = x.unsqueeze(-2).expand(*chosen.shape, -1)
+        tokens = x.unsqueeze(-2)
         if self.hidden.watched:
-            answers = take(self.hidden(take(tokens, chosen, inside), chosen), chosen, down)
+            laid = take(self.hidden(take(tokens, chosen, inside).in_place(), chosen), chosen, down)
         else:
-            answers = take(tokens, chosen, whole)
-        answers = self.out(answers, chosen)
-        weights = routing.weights.to(answers.dtype)
-        if self.weighted.watched:
+            laid = take(tokens, chosen, whole)
+        weights = routing.weights.to(laid.rows.dtype)
+        if self.out.watched or self.weighted.watched:
+            answers = self.out(laid.in_place(), chosen)
             mixed = self.weighted(answers * weights[..., None], chosen).sum(-2)
         else:  # weighed and summed at once: no contribution is laid out on its own
-            mixed = einsum(weights, answers, "batch seq choice, batch seq choice dim -> batch seq dim")
+            mixed = laid.mixed(weights)
         return mixed.to(x.dtype)
 
     def way(self, dispatch: str) -> Take:
@@ -290,6 +324,13 @@ def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_i
     return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
+def grouped_pays(x: Tensor) -> bool:
+    """Whether one call for all experts is quicker than a call for each: on a GPU, and on a CPU in float32 where the product is
+    PyTorch's own anyway, which takes any number of rows.
+    """
+    return x.is_cuda or (x.is_cpu and x.dtype == torch.float32 and not rounds_up(x) and not torch.is_grad_enabled())
+
+
 @functools.cache
 def grouped_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch's grouped product is present here, takes experts without rows, and agrees with the plain one.
@@ -358,55 +399,56 @@ def mix_picked(
     return (answers * weights.float().unsqueeze(-1)).sum(-2).to(x.dtype)
 
 
-def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Laid:
     """Give every row to every expert, and keep the answer of the one it chose."""
     answers = torch.stack([expert(rows) for expert in experts])
     of_chosen = repeat(chosen, "batch seq choice -> 1 batch seq choice features", features=answers.shape[-1])
-    return answers.gather(0, of_chosen).squeeze(0)
+    answers = answers.expand(-1, -1, -1, chosen.shape[-1], -1).gather(0, of_chosen)
+    return Laid(answers.view(chosen.numel(), -1), None, chosen.shape)
 
 
-def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part], multiple: int = 1) -> Answers:
-    """Sort the choices by expert, run each expert once on the rows that chose it, and put its answers in their place.
+def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part], multiple: int = 1) -> Laid:
+    """Sort the choices by expert, and run each expert once on the rows that chose it.
 
     Work: `choice / expert` of `take_every`. For many tokens. An expert with `multiple` rows or more is given a multiple of
     them: the rows that follow its own, of the next expert, are computed too and left aside. That is cheaper than
     `linear` rounding up each of three products, but whoever looks inside an expert would see rows that are not its own.
     """
-    flat = rearrange(chosen, "batch seq choice -> (batch seq choice)")
-    order, n_choices = flat.argsort(stable=True), chosen.shape[-1]
-    by_token = rearrange(rows, "batch seq choice features -> (batch seq) choice features")
-    enough = torch.cat((order, order[: 2 * multiple - 1]))
-    in_turn = by_token[enough // n_choices, enough % n_choices]
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    queue = in_turn(rows, torch.cat((order, order[: 2 * multiple - 1])), chosen.shape[-1])
     answers, start = torch.empty(0), 0
     for expert, count in zip(experts, flat.bincount(minlength=len(experts)).tolist(), strict=True):
         if count:
-            answer = expert(in_turn[start : start + rounded_up(count, multiple)])[:count]
+            answer = expert(queue[start : start + rounded_up(count, multiple)])[:count]
             answers = answers if len(answers) else answer.new_empty(len(flat), answer.shape[-1])
-            answers[order[start : start + count]] = answer
+            answers[start : start + count] = answer
             start += count
-    return answers.view(*chosen.shape, -1)
+    return Laid(answers, order, chosen.shape)
 
 
-def take_grouped(rows: Rows, chosen: Chosen, part: Callable[[Tensor, Tensor], Tensor], n_experts: int) -> Answers:
+def take_grouped(rows: Rows, chosen: Chosen, part: Callable[[Tensor, Tensor], Tensor], n_experts: int) -> Laid:
     """The same with all experts' products in one call, so that nothing waits to hear how many rows each has.
 
-    `part` is one of `Bank`'s. For many tokens on a GPU. Source: MegaBlocks (arXiv 2211.15841, section 2).
+    `part` is one of `Bank`'s. For many tokens, where `grouped_pays`. Source: MegaBlocks (arXiv 2211.15841, section 2).
     """
-    n_choices, flat = chosen.shape[-1], chosen.flatten()
-    in_turn, order = flat.sort(stable=True)
-    ends = torch.searchsorted(in_turn, torch.arange(n_experts, device=flat.device), right=True).int()
-    by_token = rearrange(rows, "batch seq choice features -> (batch seq) choice features")
-    sorted_answers = part(by_token[order // n_choices, order % n_choices], ends)
-    answers = torch.empty_like(sorted_answers)
-    answers[order] = sorted_answers
-    return answers.view(*chosen.shape, -1)
+    experts, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(n_experts, device=chosen.device), right=True).int()
+    return Laid(part(in_turn(rows, order, chosen.shape[-1]), ends), order, chosen.shape)
 
 
-def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Answers:
+def take_one_by_one(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Laid:
     """Take each row to its expert in turn. For a few tokens: nothing is sorted."""
-    each = rows.reshape(chosen.numel(), -1).split(1)
+    each = rows.expand(*chosen.shape, -1).reshape(chosen.numel(), -1).split(1)
     answers = [experts[expert](row) for expert, row in zip(chosen.flatten().tolist(), each, strict=True)]
-    return torch.cat(answers).view(*chosen.shape, -1)
+    return Laid(torch.cat(answers), None, chosen.shape)
+
+
+def in_turn(rows: Rows, order: Int[Tensor, " turn"], n_choices: int) -> Float[Tensor, "turn features_in"]:
+    """The row of each choice in an order, where choices are counted through the text."""
+    if rows.shape[2] != n_choices:  # one for all choices of a token
+        order = order // n_choices
+    return rows.flatten(0, 2).index_select(0, order)
 
 
 DISPATCH = {
