@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -107,11 +109,23 @@ class Block(Module):
         return x + mixed
 
 
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have this process keep what tensors give back, instead of asking the system for it anew in every layer.
+
+    Linux's C library (glibc) keeps blocks up to the size of the largest that was ever given back, 32 MiB at most, and twice that
+    in all. Until there was one, reading 512 tokens with mini-mixtral meets 10,000 fresh pages, a fifth of the time. The
+    block here is given back untouched, so it takes no memory itself. Elsewhere nothing happens.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
 class Transformer(Module):
     """Token ids in, a score for every possible next token out: Mistral if dense, Mixtral if it has experts."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        keep_freed_memory()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
