@@ -15,6 +15,7 @@ from test_parity import mixtral
 import mixtral_lab
 from mixtral_lab.edit import ablate, editing
 from mixtral_lab.model import Transformer, moe
+from mixtral_lab.model.linear import onednn_works
 from mixtral_lab.model.moe import Experts, Router, take_grouped, take_one_by_one
 from mixtral_lab.sites import recording
 
@@ -73,6 +74,21 @@ def test_it_is_expert_by_expert_whoever_gets_no_token(dtype, size, counts, shape
         for experts.dispatch in ("grouped", "sorted"):
             outs[experts.dispatch] = experts(x, routing)
         torch.testing.assert_close(outs["grouped"], outs["sorted"], **near)
+
+
+def test_on_a_cpu_it_pays_where_pytorchs_own_float32_product_is_taken(processor, monkeypatch):
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            model = laid_out().to(dtype)
+            for block in model.blocks:
+                block.experts.lay_out()
+            with counted(monkeypatch) as calls:
+                model(IDS)
+            own = dtype == torch.float32 and not (processor == "AMD" and onednn_works())
+            assert len(calls) == (len(model.blocks) if own else 0)
+    with counted(monkeypatch) as calls:
+        laid_out()(IDS)  # with gradients
+        assert not calls
 
 
 def test_all_tokens_may_choose_one_expert():

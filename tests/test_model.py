@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from mixtral_lab.config import Config, ConfigError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one, attend_plain, visible
 from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable, rounded_up
-from mixtral_lab.model.moe import DISPATCH, Experts, Router, Routing, mix_dense, route, take_sorted
+from mixtral_lab.model.moe import DISPATCH, Experts, Laid, Router, Routing, mix_dense, route, take_sorted
 from mixtral_lab.model.rope import rotate, rotation
 from mixtral_lab.model.transformer import Block, RMSNorm
+from mixtral_lab.sites import recording
 
 pytestmark = pytest.mark.usefixtures("processor")
 
@@ -151,6 +155,80 @@ def test_linear_is_pytorchs_on_every_number_of_rows(rows, size):
     x, weight = torch.randn(*rows, size[0]), torch.randn(size[1], size[0])
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-3, rtol=1e-4)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """A processor with AMX, for which every matrix is large enough."""
+    monkeypatch.setattr("mixtral_lab.model.linear.amd", lambda: False)
+    monkeypatch.setattr("mixtral_lab.model.linear.amx", lambda: True)
+    monkeypatch.setattr("mixtral_lab.model.linear.LARGE", 1)
+
+
+@pytest.mark.parametrize("rows", [(0,), (2,), (3, 5), (33,), (2, 64), (7, 9, 3), (1, 384), (5, 80)])
+def test_a_product_turned_over_is_the_same(rows, tiles, monkeypatch):
+    x, weight = torch.randn(*rows, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    expected = torch.nn.functional.linear(x, weight)
+    x_wide = torch.stack((x, x), dim=-1)[..., 0]  # no row of it lies in one piece
+    turned = []
+    mm = torch.mm
+    monkeypatch.setattr("torch.mm", lambda *both: turned.append(1) or mm(*both))
+    with torch.no_grad():
+        for given in (x, x_wide):
+            found = linear(given, weight)
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.01)
+    assert len(turned) == (2 if x[..., 0].numel() <= 384 else 0)
+    torch.testing.assert_close(linear(x, weight.requires_grad_()), expected)
+    assert len(turned) <= 2  # gradients take the usual road
+
+
+def test_a_model_whose_products_are_turned_over_is_the_same(tiles, monkeypatch):
+    model = random_model(mixtral()).bfloat16()
+    ids = torch.randint(model.config.vocab, (2, 19))
+    found = {}
+    for turned in (True, False):
+        monkeypatch.setattr("mixtral_lab.model.linear.amx", lambda turned=turned: turned)
+        with torch.no_grad(), recording(model, ["*"]) as recorder:
+            logits = model(ids)
+        found[turned] = {"logits": logits} | recorder.values()
+    assert len(found[True]) > 20
+    for name, values in found[True].items():
+        torch.testing.assert_close(values, found[False][name], atol=0.1, rtol=0.05, msg=name)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library's habit that this is about is Linux's")
+def test_a_pass_finds_its_memory_in_the_process():
+    script = """
+import resource, torch
+from mixtral_lab.config import Config
+from mixtral_lab.model import Transformer
+config = Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden=256, n_experts=4, n_choices=2, vocab=64, context=4096)
+model = Transformer(config).eval()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with torch.no_grad():
+        model(torch.zeros(1, 1024, dtype=torch.int64))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min([faults() for _ in range(5)][2:]))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert int(said.stdout) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [None, (5, 0, 3, 1, 4, 2)])
+def test_answers_are_weighed_and_summed_where_they_lie(dtype, order):
+    rows, weights = torch.randn(6, 16).to(dtype), torch.rand(1, 3, 2).to(dtype)
+    laid = Laid(rows, None if order is None else torch.tensor(order), torch.Size((1, 3, 2)))
+    each = rows if order is None else rows[torch.tensor(order).argsort()]
+    assert torch.equal(laid.in_place(), each.view(1, 3, 2, 16))
+    plain = (each.view(1, 3, 2, 16).float() * weights.float()[..., None]).sum(-2).to(dtype)
+    near = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(laid.mixed(weights), plain, **near)  # with gradients
+    with torch.no_grad():
+        torch.testing.assert_close(laid.mixed(weights), plain, **near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

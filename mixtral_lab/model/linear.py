@@ -20,6 +20,7 @@ TINY = 2**15  # numbers in a matrix; up to here one core alone is the quickest
 SWEPT = {torch.float32: 2**19, torch.bfloat16: 2**17}  # numbers; smaller ones are swept (`small_products`) ...
 WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseconds to start
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
+TURNED, LARGE = 384, 2**19  # where AMX is: up to so many rows, and from so many numbers in the matrix on, see `_product`
 _tuned = True
 
 
@@ -151,8 +152,17 @@ def small_products(
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """By oneDNN, whichever operator leads to it.
+
+    A processor that multiplies tiles of bfloat16 numbers (AMX) wants the second factor in a special order, and every product
+    begins with bringing it there. Turned over, `out.T = weight @ x.T`, that is the smaller factor while there are few rows: on
+    the shapes of Mixtral 8x7B 16 to 128 rows take 0.57 to 0.82 of the time.
+    """
     if x.dtype == torch.float32 and amd() and onednn_works():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.bfloat16 and amx() and rows <= TURNED and weight.numel() >= LARGE:
+        return torch.mm(weight, x.reshape(rows, x.shape[-1]).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 
@@ -188,6 +198,13 @@ def amd() -> bool:
     """Whether this is one of AMD's processors: PyTorch's own products on x86 are MKL's, which is at home on Intel's."""
     about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "AMD" in about.get("cpu_name", "") or bool(about.get("sse4a"))  # which only AMD's have
+
+
+@functools.cache
+def amx() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 numbers: some of Intel's do."""
+    about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(about.get("amx_bf16"))
 
 
 @functools.cache
