@@ -203,7 +203,9 @@ def test_a_pass_finds_its_memory_in_the_process():
 import resource, torch
 from mixtral_lab.config import Config
 from mixtral_lab.model import Transformer
-config = Config(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden=256, n_experts=4, n_choices=2, vocab=64, context=4096)
+config = Config(
+    dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, hidden=256, n_experts=4, n_choices=2, vocab=64, context=4096
+)
 model = Transformer(config).eval()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

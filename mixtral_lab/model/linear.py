@@ -20,7 +20,8 @@ TINY = 2**15  # numbers in a matrix; up to here one core alone is the quickest
 SWEPT = {torch.float32: 2**19, torch.bfloat16: 2**17}  # numbers; smaller ones are swept (`small_products`) ...
 WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseconds to start
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
-TURNED, LARGE = 384, 2**19  # where AMX is: up to so many rows, and from so many numbers in the matrix on, see `_product`
+TURNED = 384  # rows; up to here products are turned over where AMX is (`_product`) ...
+LARGE = 2**19  # ... if the matrix has so many numbers
 _tuned = True
 
 
