@@ -35,14 +35,13 @@ def profile(model: Transformer, ids: Int[Tensor, "batch seq"], repeats: int = 5)
 
     Tidy: one row per (work, site) with `seconds` and its `share` of the pass; of `repeats` passes after one to warm up,
     the one that took the median time. The sites are `SITES`: "attention" is attention itself with its cache (and, for a token
-    alone on a CPU, the rotation); "gate",
-    "up" and "down" are the products with these matrices; "mixing" is what else a feed-forward layer does (sorting
-    tokens, the activation, the weighted sum), and all that it does where the model takes the chosen experts in one
-    step; "unembedding" has the last norm in it.
+    alone on a CPU, the rotation); "gate", "up" and "down" are the products with these matrices; "mixing" is what else a
+    feed-forward layer does (sorting tokens, the activation, the weighted sum), and all that it does where the model takes the
+    chosen experts in one step; "unembedding" has the last norm in it.
 
     The time it takes to look on (a microsecond or two per submodule, felt in the decode step of a small model) stays
-    where it falls; `frame.attrs` has the seconds of the same passes unwatched, by work. Raises `ProfileError` for less
-    than one repeat.
+    where it falls; where the model would take many tokens to all experts in one call, they are watched one after the other.
+    `frame.attrs` has the seconds of the same passes unwatched, by work. Raises `ProfileError` for less than one repeat.
     """
     import pandas as pd
 

@@ -169,7 +169,7 @@ class Experts(Module):
 
     `dispatch` names how they are taken there: "every" runs all experts on all tokens, "sorted" runs each expert once on
     the tokens that chose it, "grouped" does that for all experts in one call of PyTorch's ("sorted" where that cannot be),
-    "one_by_one" runs each token's choices in turn, and "auto" takes the quickest: for many tokens "grouped" on a GPU. "dense"
+    "one_by_one" runs each token's choices in turn, and "auto" takes the quickest (for many tokens "grouped" where it pays). "dense"
     is the plain definition, `mix_dense`; a function of the same form may stand in place of a name. All agree.
     """
 
@@ -208,7 +208,7 @@ class Experts(Module):
         else:
             laid = take(tokens, chosen, whole)
         weights = routing.weights.to(laid.rows.dtype)
-        if self.out.watched or self.weighted.watched:
+        if self.out.watched or self.weighted.watched or type(self.out) is not Site:
             answers = self.out(laid.in_place(), chosen)
             mixed = self.weighted(answers * weights[..., None], chosen).sum(-2)
         else:  # weighed and summed at once: no contribution is laid out on its own
