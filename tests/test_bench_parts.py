@@ -231,8 +231,12 @@ def test_rotation_and_attention_are_told_apart(model, monkeypatch):
 def test_nothing_is_left_behind(model):
     ids = torch.randint(61, (1, 12))
     before = model(ids)
+    for block in model.blocks:
+        block.experts.lay_out()
+    banks = [block.experts.bank for block in model.blocks]
     profile(model, ids, repeats=1)
     assert torch.equal(model(ids), before)
+    assert all(block.experts.bank is bank for block, bank in zip(model.blocks, banks, strict=True))
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert "forward" not in vars(module) and "row" not in vars(module)

@@ -15,8 +15,8 @@ from test_parity import mixtral
 import mixtral_lab
 from mixtral_lab.edit import ablate, editing
 from mixtral_lab.model import Transformer, moe
-from mixtral_lab.model.linear import onednn_works
-from mixtral_lab.model.moe import Experts, Router, take_grouped, take_one_by_one
+from mixtral_lab.model.linear import Linear, onednn_works, portable
+from mixtral_lab.model.moe import Experts, Router, SwiGLU, take_grouped, take_one_by_one
 from mixtral_lab.sites import recording
 
 IDS = torch.randint(61, (2, 11), generator=torch.Generator().manual_seed(3))
@@ -66,8 +66,8 @@ def test_it_is_expert_by_expert_whoever_gets_no_token(dtype, size, counts, shape
         assert experts._all_in_one(x) is not None
         bank = experts._all_in_one(x)
         rows = x.unsqueeze(-2).expand(*routing.experts.shape, -1)
-        found = take_grouped(rows, routing.experts, bank.whole, n_experts).in_place()
-        expected = take_one_by_one(rows, routing.experts, experts.swiglus).in_place()
+        found = take_grouped(rows, routing.experts, bank.whole, n_experts).by_choice()
+        expected = take_one_by_one(rows, routing.experts, experts.swiglus).by_choice()
         near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
         torch.testing.assert_close(found, expected, **near)
         outs = {}
@@ -86,16 +86,40 @@ def test_on_a_cpu_it_pays_where_pytorchs_own_float32_product_is_taken(processor,
                 model(IDS)
             own = dtype == torch.float32 and not (processor == "AMD" and onednn_works())
             assert len(calls) == (len(model.blocks) if own else 0)
-    with counted(monkeypatch) as calls:
-        laid_out()(IDS)  # with gradients
-        assert not calls
+        with counted(monkeypatch) as calls, portable():
+            laid_out()(IDS)
+        with counted(monkeypatch) as more, torch.autocast("cpu", torch.bfloat16):
+            laid_out()(IDS)
+    with counted(monkeypatch) as learning:
+        laid_out()(IDS)
+    assert not calls and not more and not learning
+
+
+def test_a_bank_waits_while_its_experts_are_others():
+    model = dispatched(laid_out(), "grouped")
+    experts = model.blocks[1].experts
+    with torch.no_grad():
+        before, bank = model(IDS), experts.bank
+        assert bank is not None
+        gate = experts.ffn[2].gate
+        gate.forward = lambda x: Linear.forward(gate, x) * 2
+        assert (model(IDS) - before).abs().max() > 1e-3 and experts.bank is bank
+        del gate.forward
+        torch.testing.assert_close(model(IDS), before)
+        assert experts.bank is bank
+        all_of_them, experts.ffn = experts.ffn, experts.ffn[:3]
+        x = torch.randn(1, 5, 24)
+        assert experts._all_in_one(x) is not None and len(experts.bank.gate) == 3
+        experts.ffn = all_of_them.append(SwiGLU(24, 24))
+        assert experts._all_in_one(x) is None  # the new one lies elsewhere
+        torch.testing.assert_close(model(IDS), before)
 
 
 def test_all_tokens_may_choose_one_expert():
     experts = Experts(16, 8, 4).requires_grad_(False)
     experts.lay_out()
     x, chosen = torch.randn(1, 5, 16), torch.full((1, 5, 1), 2)
-    found = take_grouped(x.unsqueeze(-2), chosen, experts.bank.whole, 4).in_place()
+    found = take_grouped(x.unsqueeze(-2), chosen, experts.bank.whole, 4).by_choice()
     torch.testing.assert_close(found[..., 0, :], experts.ffn[2](x))
 
 
@@ -191,6 +215,7 @@ def test_weights_that_were_replaced_are_seen():
 
 def test_the_small_model_as_its_file_lies(monkeypatch):
     lab = mixtral_lab.load("mini-mixtral", device="cpu")
+    dispatched(lab.model, "sorted")
     expected = lab.trace("Once upon a time there was", sites=["logits", "layers.*.router.experts"])
     dispatched(lab.model, "grouped")
     with counted(monkeypatch) as calls:

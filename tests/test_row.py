@@ -13,6 +13,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from mixtral_lab.generate import decode, prefill
 from mixtral_lab.model.attention import FixedCache
+from mixtral_lab.model.linear import onednn_works, packing_works
+from mixtral_lab.model.moe import grouped_works
 from mixtral_lab.model.rope import AHEAD, rotate, rotation, turn_at
 from mixtral_lab.model.transformer import RMSNorm, Transformer
 
@@ -201,6 +203,20 @@ def test_defaults_of_the_caller_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
     assert turn.dtype == torch.float32 and turn.device.type == "cpu"
+
+
+def test_reading_does_not_mind_them_either():
+    model = random_model(mixtral(n_experts=4))
+    for block in model.blocks:
+        block.experts.lay_out()
+    ids = torch.randint(model.config.vocab, (1, 12))
+    with torch.no_grad():
+        before = model(ids, model.new_cache(1, 12))
+        for probe in (grouped_works, onednn_works, packing_works):
+            probe.cache_clear()
+        with torch.device("meta"):
+            assert torch.equal(model(ids, model.new_cache(1, 12)), before)
+            assert onednn_works() in (True, False) and packing_works() in (True, False)
 
 
 def test_an_id_beyond_the_vocabulary_is_no_other_token():

@@ -18,9 +18,9 @@ from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products
+from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products, tuned
 from mixtral_lab.model.module import Module, as_made
-from mixtral_lab.model.site import Site, free_of_hooks
+from mixtral_lab.model.site import Site, asked, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
 Rows = Float[Tensor, "batch seq #choice features_in"]  # a row for each choice, or one for all choices of a token
@@ -44,13 +44,13 @@ class Laid(NamedTuple):
     order: Int[Tensor, " row"] | None
     shape: torch.Size  # batch, seq, choice
 
-    def in_place(self) -> Answers:
+    def by_choice(self) -> Answers:
         """Every answer where its choice stands."""
         rows = self.rows
         if self.order is not None:
             rows = torch.empty_like(rows)
             rows[self.order] = self.rows
-        return rows.view(*self.shape, -1)
+        return rows.unflatten(0, self.shape)
 
     def mixed(self, weights: Float[Tensor, "batch seq choice"]) -> Float[Tensor, "batch seq features_out"]:
         """Weighed and summed, for each token.
@@ -58,9 +58,9 @@ class Laid(NamedTuple):
         On a CPU its answers are picked up where they lie: PyTorch's bag of embeddings is just that, a few rows of a table, each
         with its weight, as one sum.
         """
-        if self.order is None or torch.is_grad_enabled() or not self.rows.is_cpu:
-            return einsum(weights, self.in_place(), "batch seq choice, batch seq choice dim -> batch seq dim")
-        where = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)))
+        if self.order is None or torch.is_grad_enabled() or not self.rows.is_cpu or not tuned():
+            return einsum(weights, self.by_choice(), "batch seq choice, batch seq choice dim -> batch seq dim")
+        where = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device="cpu"))
         bags, shares = where.view(-1, self.shape[-1]), weights.reshape(-1, self.shape[-1])
         mixed = F.embedding_bag(bags, self.rows, mode="sum", per_sample_weights=shares)
         return mixed.view(*self.shape[:2], -1)
@@ -185,10 +185,10 @@ class Experts(Module):
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
         if self.dispatch == "auto" and torch.compiler.is_compiling() and self.bank is not None:
             return mix_picked(x, routing.weights, *(part[routing.experts] for part in self.bank))
-        apart = self.hidden.watched or self.out.watched or self.weighted.watched
+        hidden, out, weighted = asked(self.hidden), asked(self.out), asked(self.weighted)
         dispatch = mix_dense if self.dispatch == "dense" else self.dispatch
         if not isinstance(dispatch, str):
-            if not apart:
+            if not (hidden or out or weighted):
                 return dispatch(x, routing, self.ffn)
             dispatch = "every" if dispatch is mix_dense else "sorted"  # a whole mixture has no single answers to see
         if dispatch == "auto":
@@ -203,14 +203,15 @@ class Experts(Module):
             whole, inside, down = bank.whole, bank.inside, bank.out  # type: ignore[assignment]
 
         tokens = x.unsqueeze(-2)
-        if self.hidden.watched:
-            laid = take(self.hidden(take(tokens, chosen, inside).in_place(), chosen), chosen, down)
+        if hidden:
+            laid = take(self.hidden(take(tokens, chosen, inside).by_choice(), chosen), chosen, down)
         else:
             laid = take(tokens, chosen, whole)
+        if out or weighted:
+            laid = Laid(self.out(laid.by_choice(), chosen).flatten(0, 2), None, chosen.shape)
         weights = routing.weights.to(laid.rows.dtype)
-        if self.out.watched or self.weighted.watched or type(self.out) is not Site:
-            answers = self.out(laid.in_place(), chosen)
-            mixed = self.weighted(answers * weights[..., None], chosen).sum(-2)
+        if weighted:
+            mixed = self.weighted(laid.by_choice() * weights[..., None], chosen).sum(-2)
         else:  # weighed and summed at once: no contribution is laid out on its own
             mixed = laid.mixed(weights)
         return mixed.to(x.dtype)
@@ -255,10 +256,11 @@ class Experts(Module):
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
         out as PyTorch's operator wants it. On a GPU it is made when first asked for, a role of a layer at a time.
         """
-        weights = [part.weight for one in self.swiglus for part in (one.gate, one.up, one.down) if type(part) is Linear]
-        if len(weights) < 3 * len(self.ffn) or not free_of_hooks(self.ffn) or not grouped_works(x.device, x.dtype):
+        if not all(places(one) for one in self.swiglus) or not free_of_hooks(self.ffn):
             return None
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        if not grouped_works(x.device, x.dtype):
+            return None
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.ffn.parameters()):
             return None
         if x.is_cuda and not self._sought:
             self.lay_out()
@@ -276,9 +278,17 @@ class Experts(Module):
         self._keep(bank(self.swiglus, copy=True))
 
     def _has_bank(self, *chosen: int) -> bool:
-        """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again."""
+        """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again.
+
+        Not while one of them is no ordinary expert: when that is over, the bank may be the right one again.
+        """
+        if self.bank is not None and len(self._places) != len(self.ffn):
+            self.bank, self._sought = None, False
         for expert in chosen:
-            if self.bank is not None and places(self.ffn._modules[str(expert)]) != self._places[expert]:
+            now = places(self.ffn._modules[str(expert)])
+            if not now:
+                return False
+            if self.bank is not None and now != self._places[expert]:
                 self.bank, self._sought = None, False
         if not self._sought:
             self._keep(bank(self.swiglus))
@@ -326,9 +336,12 @@ def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_i
 
 def grouped_pays(x: Tensor) -> bool:
     """Whether one call for all experts is quicker than a call for each: on a GPU, and on a CPU in float32 where the product is
-    PyTorch's own anyway, which takes any number of rows.
+    PyTorch's own anyway, which takes any number of rows. (Autocast does not know that call.)
     """
-    return x.is_cuda or (x.is_cpu and x.dtype == torch.float32 and not rounds_up(x) and not torch.is_grad_enabled())
+    if x.is_cuda:
+        return True
+    own = tuned() and x.is_cpu and x.dtype == torch.float32 and not rounds_up(x)
+    return own and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 @functools.cache
@@ -340,7 +353,9 @@ def grouped_works(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cuda" and dtype != torch.bfloat16:
         return False
     generator = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((24, 64), (4, 32, 64)))
+    rows, weight = (
+        torch.randn(*shape, generator=generator, device="cpu").to(device, dtype) for shape in ((24, 64), (4, 32, 64))
+    )
     ends = torch.tensor([0, 7, 7, 24], dtype=torch.int32, device=device)
     try:
         out = _grouped(rows, weight, ends)
@@ -404,7 +419,7 @@ def take_every(rows: Rows, chosen: Chosen, experts: Sequence[Part]) -> Laid:
     answers = torch.stack([expert(rows) for expert in experts])
     of_chosen = repeat(chosen, "batch seq choice -> 1 batch seq choice features", features=answers.shape[-1])
     answers = answers.expand(-1, -1, -1, chosen.shape[-1], -1).gather(0, of_chosen)
-    return Laid(answers.view(chosen.numel(), -1), None, chosen.shape)
+    return Laid(answers[0].flatten(0, 2), None, chosen.shape)
 
 
 def take_sorted(rows: Rows, chosen: Chosen, experts: Sequence[Part], multiple: int = 1) -> Laid:
@@ -432,8 +447,8 @@ def take_grouped(rows: Rows, chosen: Chosen, part: Callable[[Tensor, Tensor], Te
 
     `part` is one of `Bank`'s. For many tokens, where `grouped_pays`. Source: MegaBlocks (arXiv 2211.15841, section 2).
     """
-    experts, order = chosen.flatten().sort(stable=True)
-    ends = torch.searchsorted(experts, torch.arange(n_experts, device=chosen.device), right=True).int()
+    by_expert, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(by_expert, torch.arange(n_experts, device=chosen.device), right=True).int()
     return Laid(part(in_turn(rows, order, chosen.shape[-1]), ends), order, chosen.shape)
 
 

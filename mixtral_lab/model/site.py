@@ -29,6 +29,11 @@ class Site(nn.Module):
         return watched(self)
 
 
+def asked(site: nn.Module) -> bool:
+    """Whether what passes a site must be shown to somebody: it is watched, or another module stands in its place."""
+    return type(site) is not Site or watched(site)
+
+
 def watched(module: nn.Module) -> bool:
     """Whether anybody looks at what passes here."""
     return bool(
