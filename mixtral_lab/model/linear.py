@@ -99,7 +99,8 @@ def linear(
     if x.dtype == torch.float32 and (few or torch.is_autocast_enabled("cpu")):
         return F.linear(x, weight)
     missing = rounded_up(rows, ROWS) - rows
-    of_expert = x.dim() == 2  # everything else has batch and seq
+    # A text's rows have batch and seq. (Those of attention by heads have not, but an AMD processor has no AMX.)
+    of_expert = x.dim() == 2
     if not missing:
         return _product(x, weight, of_expert)
     flat = x.reshape(rows, -1)

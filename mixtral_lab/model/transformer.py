@@ -17,9 +17,8 @@ from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
 
 Cache = list[RollingCache]  # one for each layer
-NOTHING = torch.zeros(
-    (), dtype=torch.float32, device="cpu"
-)  # plus two factors and a number is one operation, where a product of the three would be two
+# Plus two factors and a number is one operation, where a product of the three would be two.
+NOTHING = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 class RMSNorm(Module):
