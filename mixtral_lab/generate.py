@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor
 from mixtral_lab.config import Config, LabError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import FixedCache
+from mixtral_lab.model.module import Likeness, Module
 from mixtral_lab.model.site import free_of_hooks
 from mixtral_lab.model.transformer import Cache
 
@@ -130,6 +132,9 @@ def decode(
     return model(ids[:, None], cache, padding, last_only=True)[:, -1]
 
 
+INPUTS = ("ids", "seen", "keys", "values")  # of a compiled step
+# Attributes that may differ from when the step was compiled: they are asked for on their own, or change nothing.
+LOOKED_AT = frozenset({"bank", "plain", "dispatch", "packed", "training"})
 Decode = Callable[[Transformer, Tensor, Cache, Tensor | None], Tensor]
 
 
@@ -141,29 +146,45 @@ def compile_decode(model: Transformer) -> Decode:
 
     Chosen experts are picked by index from their bank, so no weight is copied and no step waits for Python. Where the
     experts of a layer do not lie side by side in memory, they are laid out so first. With a hook or an edit in the model, or
-    padding, a step is `decode` itself. Needs a C++ compiler (on a GPU, Triton).
+    padding, or while the model has other parts or weights in other places than when this was called, a step is `decode`
+    itself. Needs a C++ compiler (on a GPU, Triton).
     """
-    for block in model.blocks:
-        if block.router is not None:
-            block.experts.lay_out()
+    sparse = [block.experts for block in model.blocks if block.router is not None]
+    for experts in sparse:
+        experts.lay_out()
+    over_weights = [experts for experts in sparse if experts.has_bank()]
+    # Of rounded weights, for one:
+    over_copies = [(experts, experts.bank) for experts in sparse if not experts.has_bank()]
+
+    def banked() -> bool:
+        for experts in over_weights:
+            if not experts.has_bank():
+                experts.lay_out()  # where they lie already
+        return all(experts.bank is bank for experts, bank in over_copies)
+
+    as_compiled = Likeness(model, LOOKED_AT, banked)
 
     def step(ids: Tensor, seen: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         cache: Cache = [FixedCache(*ring, seen) for ring in zip(keys, values, strict=True)]
         return model(ids[:, None], cache, last_only=True)[:, -1]
 
+    # torch.compile keeps its work with the code: with a copy for each model, none is given another's.
+    step.__code__ = step.__code__.replace()
     # On a GPU, CUDA graphs. A graph is tied to addresses, and a step writes into the cache in place, which PyTorch allows for
     # what is marked as staying where it is; another cache (another text) is recorded anew. Not run on a GPU yet.
     on_gpu = model.embed.weight.is_cuda
-    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": _lean(model)}
+    compiled = torch.compile(step, fullgraph=True, **how)
 
     @torch.no_grad()
     def compiled_decode(
         given: Transformer, ids: Int[Tensor, " batch"], cache: Cache, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch vocab"]:
         by_definition = any(block.attention.plain for block in model.blocks) or any(
-            block.experts.dispatch != "auto" for block in model.blocks if block.router is not None
+            experts.dispatch != "auto" for experts in sparse
         )
-        if given is not model or padding is not None or by_definition or not free_of_hooks(model):
+        as_ever = given is not model or padding is not None or by_definition or not free_of_hooks(model)
+        if as_ever or not as_compiled.holds():
             return decode(given, ids, cache, padding)
         rings = [ring.keys for ring in cache], [ring.values for ring in cache]
         for ring in (*rings[0], *rings[1]):
@@ -178,6 +199,20 @@ def compile_decode(model: Transformer) -> Decode:
         return logits.clone() if on_gpu else logits  # the next replay writes where this one did
 
     return compiled_decode
+
+
+def _lean(model: Transformer) -> dict[str, Any]:
+    """How to compile a step for a CPU, so that little is done around its loops, where a mini model spent half of its time.
+
+    What calls the loops is compiled, too. And what `Likeness` knows is not checked again at every step by torch.compile: the
+    checks that are left are those of the inputs and of PyTorch's own settings.
+    """
+
+    def needed(guards: Sequence[Any]) -> list[bool]:
+        return [not guard.name or guard.name.startswith(INPUTS) for guard in guards]
+
+    options: dict[str, Any] = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
+    return options | ({"guard_filter_fn": needed} if all(isinstance(part, Module) for part in model.modules()) else {})
 
 
 def generate_ids(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixtral_lab.config import LabError
 from mixtral_lab.expert_cache import LRU
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.module import ModuleList
 from mixtral_lab.model.moe import Experts, Router, Routing
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Offloaded(Experts):
     section 3).
     """
 
-    def __init__(self, ffn: nn.ModuleList, shelf: Shelf, worker: ThreadPoolExecutor) -> None:
+    def __init__(self, ffn: ModuleList, shelf: Shelf, worker: ThreadPoolExecutor) -> None:
         super().__init__(0, 0, 0)
         self.ffn, self.shelf, self._worker = ffn, shelf, worker
         self.bank, self._sought = None, True  # weights that come and go lie nowhere side by side

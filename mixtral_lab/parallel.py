@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral_lab.config import LabError
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.module import ModuleList
 from mixtral_lab.model.moe import Chosen, Experts, Laid, Part, Routing, Rows, Take, take_sorted
 
 
@@ -37,7 +38,7 @@ class Shared(Experts):
     back; in the end all answers are gathered everywhere. So each expert's weights are in one place only.
     """
 
-    def __init__(self, ffn: nn.ModuleList, rank: int, size: int) -> None:
+    def __init__(self, ffn: ModuleList, rank: int, size: int) -> None:
         super().__init__(0, 0, 0)
         self.ffn, self.rank, self.size = ffn, rank, size
         self.bank, self._sought = None, True

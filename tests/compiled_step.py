@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from test_model import random_model
 from test_parity import mixtral
 
+from mixtral_lab import generate
 from mixtral_lab.edit import editing
 from mixtral_lab.generate import Sampling, compile_decode, decode, generate_ids, prefill
+from mixtral_lab.lora import Factors, LoRA, attached, new_adapter
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.moe import bank
 
@@ -59,6 +66,109 @@ def test_hooks_and_edits_are_not_passed_over(model, step):
     for one in (hook, *down):
         one.remove()
     assert seen == ["down"] * model.config.n_choices
+
+
+def put(name: str, value: Callable[[Any], Any]):
+    """A change that can be taken back: another part, parameter or number under this name."""
+    where, _, own = name.rpartition(".")
+
+    @contextmanager
+    def change(model):
+        owner = model.get_submodule(where)
+        before = getattr(owner, own)
+        setattr(owner, own, value(before))
+        try:
+            yield
+        finally:
+            if own == "forward":
+                delattr(owner, own)
+            else:
+                setattr(owner, own, before)
+
+    return change
+
+
+@contextmanager
+def moved(model):
+    weight = model.layers[1].experts.ffn[2].up.weight
+    before = weight.data
+    weight.data = before * 3
+    try:
+        yield
+    finally:
+        weight.data = before
+
+
+@contextmanager
+def adapted(model):
+    adapter = new_adapter(model.config, LoRA(rank=2))
+    changed = {name: Factors(a, torch.ones_like(b)) for name, (a, b) in adapter.factors.items()}
+    with attached(model, replace(adapter, factors=changed)):
+        yield
+
+
+class Silent(torch.nn.Module):
+    def forward(self, x, *_):
+        return torch.zeros_like(x)
+
+
+def tripled(weight):
+    return torch.nn.Parameter(weight.detach() * 3, requires_grad=False)
+
+
+def half(_):
+    return lambda x, *_: 0.5 * x
+
+
+CHANGES = {
+    "an expert's parameter": put("layers.0.experts.ffn.1.gate.weight", tripled),
+    "attention's parameter": put("layers.1.attention.query.weight", tripled),
+    "the embedding": put("embed.weight", tripled),
+    "an expert": put("layers.1.experts.ffn.3", lambda _: Silent()),
+    "an expert's forward": put("layers.0.experts.ffn.0.forward", half),
+    "a norm's forward": put("final_norm.forward", half),
+    "attention's forward": put("layers.0.attention.forward", half),
+    "a site": put("layers.0.residual.after", lambda _: Silent()),
+    "a number": put("layers.0.router.n_choices", lambda _: 1),
+    "where a weight lies": moved,
+    "an adapter": adapted,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_model_writes_as_it_is_now(model, step, change, monkeypatch):
+    if model.config.n_experts is None or model.embed.weight.dtype != torch.float32:
+        return
+    ids, eager = torch.randint(model.config.vocab, (1, 60)), []
+    monkeypatch.setattr(generate, "decode", lambda *given: eager.append(1) or decode(*given))
+
+    def after(step):
+        cache = model.new_cache(1, 60)
+        prefill(model, ids[:, :12], cache)
+        return torch.cat([step(model, token, cache, None) for token in ids[0, 12:, None]])
+
+    before = after(step)
+    assert not eager
+    with change(model):
+        assert torch.equal(after(step), after(decode))
+        assert (after(step) - before).abs().max() > 1e-3
+    eager.clear()
+    torch.testing.assert_close(after(step), before, atol=1e-5, rtol=1e-4)
+    assert not eager
+
+
+def test_models_do_not_share_a_step(model, step):
+    """torch.compile keeps what it made with the code that it made it of."""
+    if model.config.n_experts is None or model.embed.weight.dtype != torch.float32:
+        return
+    other = random_model(mixtral(window=6, n_choices=3)).requires_grad_(False)
+    cache, same = other.new_cache(1, 9), other.new_cache(1, 9)
+    token = torch.tensor([3])
+    prefill(other, torch.tensor([[1, 2, 3]]), cache)
+    prefill(other, torch.tensor([[1, 2, 3]]), same)
+    torch.testing.assert_close(
+        compile_decode(other)(other, token, cache, None), decode(other, token, same), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_texts_are_the_same(model, step):

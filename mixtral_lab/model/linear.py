@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixtral_lab.model.module import Module
+
 TINY = 2**15  # numbers in a matrix; up to here one core alone is the quickest
 SWEPT = {torch.float32: 2**19, torch.bfloat16: 2**17}  # numbers; smaller ones are swept (`small_products`) ...
 WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseconds to start
@@ -25,7 +27,7 @@ LARGE = 2**19  # ... if the matrix has so many numbers
 _tuned = True
 
 
-class Linear(nn.Linear):
+class Linear(Module, nn.Linear):
     """`out = x @ weight.T`, without a bias, as everywhere in Mistral's models."""
 
     def __init__(self, features_in: int, features_out: int) -> None:

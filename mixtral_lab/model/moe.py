@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products, tuned
-from mixtral_lab.model.module import Module, as_made
+from mixtral_lab.model.module import Module, ModuleList, as_made
 from mixtral_lab.model.site import Site, asked, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -175,7 +175,7 @@ class Experts(Module):
 
     def __init__(self, dim: int, hidden: int, n_experts: int) -> None:
         super().__init__()
-        self.ffn = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(n_experts))
+        self.ffn = ModuleList(SwiGLU(dim, hidden) for _ in range(n_experts))
         self.hidden, self.out, self.weighted = Site(), Site(), Site()
         self.dispatch: str | Mix = "auto"
         self.bank: Bank | None = None
@@ -197,7 +197,8 @@ class Experts(Module):
         chosen, take = routing.experts, self.way(dispatch)
         if take is take_sorted and rounds_up(x) and free_of_hooks(self.ffn):
             take = functools.partial(take_sorted, multiple=ROWS)
-        whole, inside, down = self.swiglus, [one.inside for one in self.swiglus], [one.down for one in self.swiglus]
+        whole: Any = self.swiglus
+        inside, down = ([one.inside for one in whole], [one.down for one in whole]) if hidden else ([], [])
         if dispatch == "grouped" and (bank := self._all_in_one(x)) is not None:
             take = functools.partial(take_grouped, n_experts=len(self.ffn))
             whole, inside, down = bank.whole, bank.inside, bank.out  # type: ignore[assignment]
@@ -238,7 +239,7 @@ class Experts(Module):
         Two small experts are taken at once and where they lie: they are every n-th of the bank, a slice, which copies nothing.
         """
         chosen, weights = routing.experts.tolist(), routing.weights
-        if len(chosen) == 2 and self._has_bank(*chosen) and self.bank is not None:
+        if len(chosen) == 2 and self.has_bank(*chosen) and self.bank is not None:
             gate, up, down = self.bank
             if gate[0].numel() < SWEPT.get(gate.dtype, 0):
                 first, second = chosen
@@ -264,7 +265,7 @@ class Experts(Module):
             return None
         if x.is_cuda and not self._sought:
             self.lay_out()
-        if not self._has_bank(*range(len(self.ffn))) or self.bank is None:
+        if not self.has_bank() or self.bank is None:
             return None
         fits = all(
             part.dtype == x.dtype
@@ -277,14 +278,15 @@ class Experts(Module):
         """Have a bank, whatever it takes: for compiling."""
         self._keep(bank(self.swiglus, copy=True))
 
-    def _has_bank(self, *chosen: int) -> bool:
-        """Whether there is a bank over the weights that the chosen experts have now; if they are others, look again.
+    def has_bank(self, *chosen: int) -> bool:
+        """Whether there is a bank over the weights that the chosen experts have now (all, if none is named); if they are others,
+        look again.
 
         Not while one of them is no ordinary expert: when that is over, the bank may be the right one again.
         """
         if self.bank is not None and len(self._places) != len(self.ffn):
             self.bank, self._sought = None, False
-        for expert in chosen:
+        for expert in chosen or range(len(self.ffn)):
             now = places(self.ffn._modules[str(expert)])
             if not now:
                 return False

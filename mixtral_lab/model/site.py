@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
+from mixtral_lab.model.module import Module
 
-class Site(nn.Module):
+
+class Site(Module):
     """Lets a value pass. A PyTorch forward hook on it reads the value, or returns another to take its place.
 
     What else is known at this place (`known`) is handed to the hook with it. `sites.py` lists every site by name.

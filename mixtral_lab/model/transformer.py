@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixtral_lab.config import Config
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear, row, settled, single
-from mixtral_lab.model.module import Module, as_made
+from mixtral_lab.model.module import Embedding, Module, ModuleList, as_made
 from mixtral_lab.model.moe import Experts, Router, Routing, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
@@ -126,8 +126,8 @@ class Transformer(Module):
         super().__init__()
         keep_freed_memory()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.embed = Embedding(config.vocab, config.dim)
+        self.layers = ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.dim, config.norm_eps)
         self.unembed = None if config.tied else Linear(config.dim, config.vocab)
         self.logits = Site()
@@ -165,7 +165,7 @@ class Transformer(Module):
             and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
             and type(cache[0]) is RollingCache
             and type(self.logits) is Site
-            and as_made(self.embed, nn.Embedding)
+            and as_made(self.embed, Embedding)
             and as_made(self.final_norm, RMSNorm)
             and (self.unembed is None or as_made(self.unembed, Linear))
             and free_of_hooks(self)
