@@ -157,6 +157,25 @@ def test_a_changed_model_writes_as_it_is_now(model, step, change, monkeypatch):
     assert not eager
 
 
+def test_a_model_with_other_parts_is_compiled_with_them(model):
+    if model.config.n_experts is None or model.embed.weight.dtype != torch.float32:
+        return
+    ids = torch.randint(model.config.vocab, (1, 30))
+
+    def after(step):
+        cache = model.new_cache(1, 30)
+        prefill(model, ids[:, :12], cache)
+        return torch.cat([step(model, token, cache, None) for token in ids[0, 12:, None]])
+
+    with adapted(model):
+        step = compile_decode(model)
+        inside = after(step)
+        assert not torch.equal(inside, after(decode))  # compiled, so rounded otherwise
+        torch.testing.assert_close(inside, after(decode), atol=1e-4, rtol=1e-4)
+    assert (after(decode) - inside).abs().max() > 1e-3
+    assert torch.equal(after(step), after(decode))
+
+
 def test_models_do_not_share_a_step(model, step):
     """torch.compile keeps what it made with the code that it made it of."""
     if model.config.n_experts is None or model.embed.weight.dtype != torch.float32:

@@ -428,16 +428,19 @@ class TestTerminal:
         path = tmp_path / "chat.jsonl"
         chat = terminal("--new", "1500", "--temperature", "1.5")
         chat.until("> ")
-        chat.type(STORY + "\r")
-        chat.until(r"\n(\S+ +){6}")
+        for _ in range(12):  # answers are drawn, and one in six is too short to be stopped
+            chat.type(STORY + "\r")
+            if not chat.until(r"\n(\S+ +){6}|\n\S*> ").endswith("> "):
+                break
         chat.type("\x03")
         chat.until(r"\(stopped\)")
         chat.until("> ")
         chat.type(f"/save {path}\r")
         chat.until(r"Saved")
-        kept = json.loads(path.read_text())["messages"][1]["content"]
+        kept = json.loads(path.read_text())["messages"][-1]["content"]
         assert len(kept.split()) >= 5
         chat.until("> ")
+        time.sleep(1)  # Python misses a Ctrl-C between printing a prompt and listening
         chat.type("\x03")  # at an empty prompt: once is no end yet
         chat.until("Ctrl-D or /quit ends")
         chat.until("> ")

@@ -580,6 +580,9 @@ def test_whatever_is_sent_the_answer_is_as_described(described, method, path, mo
         seen.append(case.call_and_validate(checks=CHECKS).status_code)
 
     every()
+    if "{" in path:  # no model has a name that is drawn; but "." leads to the list of them
+        assert 404 in seen
+        return
     answered = path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
     assert (200 in seen) == (answered and mode.is_positive), sorted(set(seen))
 
