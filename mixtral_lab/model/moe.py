@@ -46,10 +46,7 @@ class Laid(NamedTuple):
 
     def by_choice(self) -> Answers:
         """Every answer where its choice stands."""
-        rows = self.rows
-        if self.order is not None:
-            rows = torch.empty_like(rows)
-            rows[self.order] = self.rows
+        rows = self.rows if self.order is None else self.rows.index_select(0, self._where(self.order))
         return rows.unflatten(0, self.shape)
 
     def mixed(self, weights: Float[Tensor, "batch seq choice"]) -> Float[Tensor, "batch seq features_out"]:
@@ -60,10 +57,14 @@ class Laid(NamedTuple):
         """
         if self.order is None or torch.is_grad_enabled() or not self.rows.is_cpu or not tuned():
             return einsum(weights, self.by_choice(), "batch seq choice, batch seq choice dim -> batch seq dim")
-        where = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device="cpu"))
-        bags, shares = where.view(-1, self.shape[-1]), weights.reshape(-1, self.shape[-1])
+        bags, shares = self._where(self.order).view(-1, self.shape[-1]), weights.reshape(-1, self.shape[-1])
         mixed = F.embedding_bag(bags, self.rows, mode="sum", per_sample_weights=shares)
         return mixed.view(*self.shape[:2], -1)
+
+    @staticmethod
+    def _where(order: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """The row of each choice: picking rows up takes a third of the time of laying them down."""
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 Take = Callable[[Tensor, Tensor, Sequence[Part]], Laid]  # rows and choices to answers
