@@ -24,6 +24,7 @@ WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseco
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
 TURNED = 384  # rows; up to here products are turned over where AMX is (`_product`) ...
 LARGE = 2**19  # ... if the matrix has so many numbers
+PLACES = 4  # at which a compiled step reads such a matrix at once (`dots`)
 _tuned = True
 
 
@@ -88,8 +89,7 @@ def linear(
     if torch.compiler.is_compiling():
         if x.numel() != x.shape[-1]:
             return F.linear(x, weight)
-        # one loop, which reads the matrix once
-        return (weight.float() * settled(x.view(-1).float())).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return dots(weight, settled(x.view(-1).float())).to(x.dtype).view(*x.shape[:-1], -1)
     if x.dtype == torch.float32 and not amd():
         return F.linear(x, weight)
     if single(x) and _tuned and x.dtype in SWEPT and x.dtype == weight.dtype:
@@ -128,6 +128,23 @@ def row(
     if numbers < SWEPT.get(weight.dtype, 0):
         return small_products(weight[None], x.view(1, 1, -1)).view(-1)
     return _product(x.to(weight.dtype)[None], weight)[0].float()
+
+
+def dots(
+    matrix: Float[Tensor, "*places features_out features_in"],
+    vector: Float[Tensor, "*places #features_out features_in"],
+) -> Float[Tensor, "*places features_out"]:
+    """Every row's dot product with a vector, in float32, written out as multiply and sum: compiled, one loop that reads the
+    matrix once.
+
+    A processor fetches ahead along the rows it reads, but only to the end of a page (4 KiB), and then waits for memory. So a
+    large matrix is cut into parts of consecutive rows that are read side by side, a row of each in turn.
+    """
+    out, features = matrix.shape[-2:]
+    if not (torch.compiler.is_compiling() and matrix.is_cpu) or out * features < LARGE or out % PLACES:
+        return (matrix.float() * vector).sum(-1)
+    parts = matrix.unflatten(-2, (PLACES, -1)).unbind(-3)
+    return torch.cat([(part.float() * vector).sum(-1) for part in parts], dim=-1)
 
 
 def rounds_up(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.model.linear import ROWS, SWEPT, Linear, rounded_up, rounds_up, settled, small_products, tuned
+from mixtral_lab.model.linear import ROWS, SWEPT, Linear, dots, rounded_up, rounds_up, settled, small_products, tuned
 from mixtral_lab.model.module import Module, ModuleList, as_made
 from mixtral_lab.model.site import Site, asked, free_of_hooks
 
@@ -412,8 +412,8 @@ def mix_picked(
     multiplying become one loop.
     """
     vector = settled(x.float()).unsqueeze(-2).unsqueeze(-2)
-    hidden = settled(F.silu((gate.float() * vector).sum(-1)) * (up.float() * vector).sum(-1))
-    answers = (down.float() * hidden.unsqueeze(-2)).sum(-1)
+    hidden = settled(F.silu(dots(gate, vector)) * dots(up, vector))
+    answers = dots(down, hidden.unsqueeze(-2))
     return (answers * weights.float().unsqueeze(-1)).sum(-2).to(x.dtype)
 
 
