@@ -17,6 +17,7 @@ from mixtral_lab.edit import editing
 from mixtral_lab.generate import Sampling, compile_decode, decode, generate_ids, prefill
 from mixtral_lab.lora import Factors, LoRA, attached, new_adapter
 from mixtral_lab.model import Transformer
+from mixtral_lab.model.linear import dots
 from mixtral_lab.model.moe import bank
 
 
@@ -45,6 +46,21 @@ def test_it_is_decode_beyond_the_window_and_for_any_length(model, step, length):
     for one, other in zip(mine, theirs, strict=True):
         assert one.seen == other.seen == length
         torch.testing.assert_close(one.keys, other.keys, **near)
+
+
+def test_matrices_read_at_several_places(model, monkeypatch):
+    """As large ones are: here all whose rows can be shared out, in attention, experts and at the end."""
+    monkeypatch.setattr("mixtral_lab.model.linear.LARGE", 0)
+    test_it_is_decode_beyond_the_window_and_for_any_length(model, compile_decode(model), 9)
+
+
+def test_dots_by_hand(monkeypatch):
+    monkeypatch.setattr("mixtral_lab.model.linear.LARGE", 0)
+    compiled = torch.compile(lambda matrix, vector: dots(matrix, vector), fullgraph=True)
+    vector = torch.randn(24)
+    for rows in (4, 10, 40):  # 10 cannot be shared out among four places
+        matrix = torch.randn(3, rows, 24)
+        torch.testing.assert_close(compiled(matrix, vector), matrix @ vector, atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_and_edits_are_not_passed_over(model, step):
