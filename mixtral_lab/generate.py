@@ -141,9 +141,9 @@ Decode = Callable[[Transformer, Tensor, Cache, Tensor | None], Tensor]
 def compile_decode(model: Transformer) -> Decode:
     """`decode` for this model, compiled by torch.compile.
 
-    The first step takes 10 to 35 seconds on two cores; the others took 0.3 (mini-mixtral, bfloat16) to 1.1 times (0.75 B
-    parameters, float32) as long as before where README.md has measured it on a Xeon. It takes any cache of the model's;
-    another batch size is compiled anew.
+    The first step takes half a minute (mini-mixtral) to a minute (0.75 B parameters) on two cores, less where torch.compile
+    has kept its work; the others took 0.3 (mini-mixtral, bfloat16) to 0.8 times (0.75 B parameters, float32) as long as before
+    where README.md has measured it on a Xeon. It takes any cache of the model's; another batch size is compiled anew.
 
     Chosen experts are picked by index from their bank, so no weight is copied and no step waits for Python. Where the
     experts of a layer do not lie side by side in memory, they are laid out so first. With a hook or an edit in the model, or

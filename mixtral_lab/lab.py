@@ -81,7 +81,7 @@ class Lab:
         )
 
     def compile(self) -> None:
-        """From now on, write with a compiled decode step: about half a minute for the first token, then fast.
+        """From now on, write with a compiled decode step: half a minute to a minute for the first token, then fast.
 
         Traced and edited texts, and a model of which parts were replaced since, are written as without it.
         """
