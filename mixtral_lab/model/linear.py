@@ -137,8 +137,8 @@ def dots(
     """Every row's dot product with a vector, in float32, written out as multiply and sum: compiled, one loop that reads the
     matrix once.
 
-    A processor fetches ahead along the rows it reads, but only to the end of a page (4 KiB), and then waits for memory. So a
-    large matrix is cut into parts of consecutive rows that are read side by side, a row of each in turn.
+    A large matrix is cut into parts of consecutive rows that are read side by side: a step of a 0.75 B model takes 0.8 (float32)
+    and 0.65 (bfloat16) of the time on a Xeon. Probably because a processor fetches ahead to the end of a page (4 KiB) only.
     """
     out, features = matrix.shape[-2:]
     if not (torch.compiler.is_compiling() and matrix.is_cpu) or out * features < LARGE or out % PLACES:
