@@ -65,7 +65,7 @@ def pairs_together(head, position, theta):
         (in_place, False, "before you used it"),
         (pairs_together, False, "places i and i + half"),
         (lambda head, position, theta: head[:3], False, "you return 3"),
-        (lambda head, position, theta: "head", False, "stopped with"),
+        (lambda head, position, theta: "head", False, "list of numbers"),
         (lambda head: head, False, "TypeError"),
     ],
 )

@@ -37,7 +37,7 @@ def of_sum(x, weight, eps):
         (lambda x, weight, eps: x * (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight, False, "divide"),
         (lambda x, weight, eps: x, False, "off by up to"),
         (lambda x, weight, eps: x[0], False, "shape"),
-        (lambda x, weight, eps: "no", False, "stopped with"),
+        (lambda x, weight, eps: "no", False, "Wanted is"),
         (lambda x, weight, eps: x / (x.square().mean(-1) + eps), False, "stopped with RuntimeError"),
         (lambda x, weight, eps: x / (x.square().mean(-1) + eps).sqrt() * weight, False, "without `keepdim=True`"),
         (lambda x, weight, eps: rms_norm(x, weight, 1e-5), False, "do not write 1e-5"),

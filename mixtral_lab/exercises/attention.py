@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor
 
 from mixtral_lab.config import Config
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, said
 from mixtral_lab.model.rope import rotate, rotation
 
 HEAD, POSITION, THETA = [1.0, 0.5, -2.0, 0.25, 0.0, 3.0], 3, 1000.0
 
 
+@checker
 def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) -> Verdict:
     """A function from a head's numbers, a position and theta to the numbers after rotation."""
+    got = asked(answer, list(HEAD), POSITION, THETA)
     try:
-        got = answer(list(HEAD), POSITION, THETA)
-        if got is None:
-            return Verdict(None, "The function still returns None.")
         numbers = torch.as_tensor(got, dtype=torch.float32).flatten().tolist()
     except Exception as error:
-        return Verdict(False, f"Your function, or reading its answer as numbers, stopped with {_said(error)}")
+        return Verdict(False, f"Return a list of numbers, as many as you were given ({said(error)}).")
     if len(numbers) != len(HEAD):
         return Verdict(False, f"A head of {len(HEAD)} numbers stays one of {len(HEAD)}, but you return {len(numbers)}.")
     half, size = len(HEAD) // 2, len(HEAD)
@@ -47,10 +45,8 @@ def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) ->
         (pairs_together, "All numbers are right, but pair i belongs to the places i and i + half."),
     ]  # fmt: skip
     if _close(numbers, right):
-        try:
-            other = torch.as_tensor(answer([1.0, 1.0], 7, 10.0), dtype=torch.float32).flatten().tolist()
-        except Exception as error:
-            return Verdict(False, f"With a head of two numbers it stopped with {_said(error)}")
+        short = asked(answer, [1.0, 1.0], 7, 10.0, case=" with a head of two numbers", later=True)
+        other = torch.as_tensor(short, dtype=torch.float32).flatten().tolist()
         if not _close(other, _rotated([1.0, 1.0], 7, 10.0)):
             return Verdict(
                 False, "With a head of 2 numbers it is wrong: are a size, position or theta written into it?"
@@ -65,18 +61,14 @@ def check_rotate_by_hand(answer: Callable[[list[float], int, float], object]) ->
     return Verdict(False, f"{which} {case} about {[round(x, 2) for x in right]}.")
 
 
+@checker
 def check_grouped_scores(answer: Callable[[Tensor, Tensor], object]) -> Verdict:
     """A function from queries `kv group query head_dim` and keys `kv key head_dim` to scores `kv group query key`."""
     random = torch.Generator().manual_seed(0)
     kv, group, queries, keys, size = 2, 3, 4, 5, 6
     query = torch.randn(kv, group, queries, size, generator=random)
     key = torch.randn(kv, keys, size, generator=random)
-    try:
-        got: Any = answer(query.clone(), key.clone())
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {_said(error)}")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, query.clone(), key.clone())
     if not isinstance(got, Tensor):
         return Verdict(False, f"Return a tensor, not a {type(got).__name__}.")
     shape = tuple(got.shape)
@@ -115,6 +107,7 @@ def check_grouped_scores(answer: Callable[[Tensor, Tensor], object]) -> Verdict:
     return Verdict(False, "The shape is right, the numbers are not: multiply along head_dim, sum, divide by its root.")
 
 
+@checker
 def check_kept_bytes(answer: object, config: Config, seq: int) -> Verdict:
     """The bytes of keys and values for one text of `seq` tokens, two bytes a number."""
     if answer is None:
@@ -173,7 +166,3 @@ def _rotated(head: list[float], position: int, theta: float) -> list[float]:
 
 def _close(a: list[float], b: list[float]) -> bool:
     return len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-3) for x, y in zip(a, b, strict=True))
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}."

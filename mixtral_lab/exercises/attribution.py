@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mixtral_lab.analysis.lens import Attribution
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker
 
 
+@checker
 def check_opponent(answer: object, said: Attribution) -> Verdict:
     """The (layer, head) that took most from the score at the last position."""
     if answer is None:
@@ -47,6 +48,7 @@ def check_opponent(answer: object, said: Attribution) -> Verdict:
     return Verdict(False, f"That head added {last[layer, head]:+.2f}; another is more negative.")
 
 
+@checker
 def check_expert_share(answer: object, said: Attribution) -> Verdict:
     """The share of all positions' scores together that experts added."""
     if answer is None:
@@ -77,23 +79,17 @@ def check_expert_share(answer: object, said: Attribution) -> Verdict:
     return Verdict(False, "Divide the sum of said.experts, over all its axes, by the sum of said.total.")
 
 
+@checker
 def check_contribution(answer: Callable[[Tensor, Tensor, Tensor, Tensor, int], object]) -> Verdict:
     """A function from a part, the final stream, the norm's weights, the words' table and a word to what the part adds."""
     draw = torch.Generator().manual_seed(0)
     for dim, word in ((8, 3), (5, 0)):
         part, stream, gain = (torch.randn(dim, generator=draw) + 0.5 for _ in range(3))
         rows = torch.randn(11, dim, generator=draw) + 0.3
-        try:
-            given = answer(part.clone(), stream.clone(), gain.clone(), rows.clone(), word)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            if isinstance(given, Tensor) and given.numel() > 1:
-                return Verdict(
-                    False, f"Return one number, not a tensor of shape {tuple(given.shape)}: a dot product sums."
-                )
-            got = float(given)  # type: ignore[arg-type]
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+        given = asked(answer, part.clone(), stream.clone(), gain.clone(), rows.clone(), word)
+        if isinstance(given, Tensor) and given.numel() > 1:
+            return Verdict(False, f"Return one number, not a tensor of shape {tuple(given.shape)}: a dot product sums.")
+        got = float(given)
         row = rows[word] - rows.mean(0)
         size = _size(stream)
         if _close(got, float(part / size @ (gain * row))):

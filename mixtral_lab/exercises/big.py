@@ -8,44 +8,40 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Integer
 from torch import Tensor
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker
 
 
+@checker
 def check_lru_hits(answer: Callable[[list[int], int], object]) -> Verdict:
     """A function from the experts asked for, in order, and the room in the cache to the number of hits."""
-    for asked, capacity in (
+    for wanted, capacity in (
         ([0, 1, 0, 2, 0, 1, 1, 3, 0, 2], 2),
         ([0, 1, 2, 0, 3, 0, 1, 2, 2, 0], 3),
         ([5, 5, 6, 5], 1),
         ([0, 0, 0, 1, 2, 1, 2], 2),  # tells least recently from least frequently used
     ):
-        case = f"For {asked} and room for {capacity}: "
+        case = f"For {wanted} and room for {capacity}: "
+        got = asked(answer, list(wanted), capacity, case=f" for {wanted} and room for {capacity}")
         try:
-            got = answer(list(asked), capacity)
-        except Exception as error:
-            return Verdict(False, f"{case}your function stopped with {type(error).__name__}: {error}.")
-        if got is None:
-            return Verdict(None, "The function still returns None.")
-        try:
-            number = float(got)  # type: ignore[arg-type]
+            number = float(got)
         except (TypeError, ValueError, RuntimeError):
             return Verdict(False, f"Return one number, how many were found, not {got!r}.")
-        right = _hits(asked, capacity)
+        right = _hits(wanted, capacity)
         if number == right:
             continue
-        if number == len(asked) - right:
+        if number == len(wanted) - right:
             return Verdict(False, case + "that is the number of misses; the hits are the others.")
-        if number == _hits(asked, capacity, refresh=False):
+        if number == _hits(wanted, capacity, refresh=False):
             return Verdict(
                 False, case + "a hit must count as a use: move its expert to the end, so that it goes out last."
             )
-        if number == _hits(asked, len(asked)):
+        if number == _hits(wanted, len(wanted)):
             return Verdict(
                 False, case + "nobody is ever put out: when there is no room, the least recently used must go."
             )
-        if number == _hits(asked, capacity, newest=True):
+        if number == _hits(wanted, capacity, newest=True):
             return Verdict(False, case + "the wrong one is put out: it is the one whose last use is longest ago.")
-        if number == _hits(asked, capacity - 1) or number == _hits(asked, capacity + 1):
+        if number == _hits(wanted, capacity - 1) or number == _hits(wanted, capacity + 1):
             return Verdict(
                 False, case + "the cache holds one too few or one too many: put somebody out only if there is no room."
             )
@@ -53,12 +49,11 @@ def check_lru_hits(answer: Callable[[list[int], int], object]) -> Verdict:
     return Verdict(True, "The least recently used goes out, and each use makes its expert the newest.")
 
 
+@checker
 def check_int4(answer: Callable[[list[float]], object]) -> Verdict:
     """A function that rounds numbers to 16 even marks from the smallest to the largest, and returns the rounded numbers."""
     numbers = [-0.9, -0.5, 0.04, 0.13, 0.25, 0.7, 2.1]
     got = _list(answer, numbers)
-    if isinstance(got, Verdict):
-        return got
     low, high = min(numbers), max(numbers)
     step = (high - low) / 15
     places = [(x - low) / step for x in numbers]
@@ -89,9 +84,10 @@ def check_int4(answer: Callable[[list[float]], object]) -> Verdict:
             False,
             f"With marks {step:.2f} apart from {low} on, {numbers[1]} becomes {low + step * round(places[1]):.2f}.",
         )
-    same = _list(answer, [0.25, 0.25, 0.25])
-    if isinstance(same, Verdict):
-        return Verdict(False, f"For numbers that are all equal: {same.message} Is there a division by a step of 0?")
+    try:
+        same = _list(answer, [0.25, 0.25, 0.25])
+    except Over as over:
+        return Verdict(False, f"For numbers that are all equal: {over} Is there a division by a step of 0?")
     if not all(math.isclose(x, 0.25, abs_tol=1e-6) for x in same):
         return Verdict(
             False, f"Numbers that are all equal, 0.25, must come back so, not as {same[0]:g}: is there a step of 0?"
@@ -99,6 +95,7 @@ def check_int4(answer: Callable[[list[float]], object]) -> Verdict:
     return Verdict(True, "Sixteen marks, fifteen gaps, and nobody is off by more than half of one.")
 
 
+@checker
 def check_rows_sent(
     answer: object, chosen: Integer[Tensor, "seq choice"], machines: int, n_experts: int = 8
 ) -> Verdict:
@@ -159,17 +156,13 @@ def _hits(asked: Sequence[int], capacity: int, refresh: bool = True, newest: boo
     return hits
 
 
-def _list(answer: Callable[[list[float]], object], numbers: list[float]) -> list[float] | Verdict:
+def _list(answer: Callable[[list[float]], object], numbers: list[float]) -> list[float]:
+    """The numbers that an answer gives, as many as it was given."""
+    got = asked(answer, list(numbers))
     try:
-        got = answer(list(numbers))
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
-    try:
-        found = [float(x) for x in got]  # type: ignore[attr-defined]
+        found = [float(x) for x in got]
     except (TypeError, ValueError, RuntimeError):
-        return Verdict(False, f"Return a list of numbers, not {got!r}.")
+        raise Over(Verdict(False, f"Return a list of numbers, not {got!r}.")) from None
     if len(found) != len(numbers):
-        return Verdict(False, f"Return one number for each of the {len(numbers)}, not {len(found)}.")
+        raise Over(Verdict(False, f"Return one number for each of the {len(numbers)}, not {len(found)}."))
     return found

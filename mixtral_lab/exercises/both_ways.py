@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mixtral_lab.checkpoint import HUGGING_FACE, place_of
-from mixtral_lab.exercises.verdict import Verdict, judged
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, judged
 
 OURS = (
     "layers.0.experts.ffn.0.gate.weight",
@@ -18,20 +18,16 @@ OURS = (
 )
 
 
+@checker
 def check_our_name(answer: Callable[[str], object]) -> Verdict:
     """A function from the name of an expert's weight in a Mixtral checkpoint to our name for it."""
     for right in OURS:
         name = place_of(right, HUGGING_FACE).tensor
-        try:
-            got = answer(name)
-        except Exception as error:
-            return Verdict(False, f"For {name!r} your function stopped with {type(error).__name__}: {error}.")
-        if got is None:
-            return Verdict(None, "The function still returns None.")
-        if got == right:
-            continue
+        got = asked(answer, name, case=f" for {name!r}")
         if not isinstance(got, str):
             return Verdict(False, f"Return a name, such as {right!r}, not {got!r}.")
+        if got == right:
+            continue
         if got.startswith("model."):
             return Verdict(False, "Our names do not begin with 'model.': the lab has nothing outside its model.")
         if _other_role(got, right):
@@ -55,16 +51,12 @@ def _without_numbers(name: str) -> list[str]:
     return [part for part in name.split(".") if not part.isdigit()]
 
 
+@checker
 def check_fused_expert(answer: Callable[..., object]) -> Verdict:
     """A function `(x, gate_up_proj, down_proj, expert)`, as transformers stores experts, to that expert's answer."""
     draw = torch.Generator().manual_seed(0)
     x, gate_up, down = (torch.randn(*shape, generator=draw) for shape in ((4, 6), (3, 10, 6), (3, 6, 5)))
-    try:
-        got = answer(x.clone(), gate_up.clone(), down.clone(), 2)
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, x.clone(), gate_up.clone(), down.clone(), 2)
     if not isinstance(got, torch.Tensor) or got.shape != x.shape:
         found = f"shape {tuple(got.shape)}" if isinstance(got, torch.Tensor) else f"{got!r}"
         return Verdict(False, f"The answer must be a tensor of the shape of x, {tuple(x.shape)}, not {found}.")
@@ -84,19 +76,16 @@ def check_fused_expert(answer: Callable[..., object]) -> Verdict:
     return judged(got.float(), expert(first, second), mistakes, "One slice of each tensor; its upper half is the gate.")
 
 
+@checker
 def check_shared_head(answer: Callable[[int, int, int], object]) -> Verdict:
     """A function `(query_head, n_heads, n_kv_heads)` to the key/value head that this query head looks at."""
     for n_heads, n_kv_heads in ((8, 4), (12, 3), (6, 6), (5, 1)):
         group = n_heads // n_kv_heads
-        try:
-            got = [answer(head, n_heads, n_kv_heads) for head in range(n_heads)]
-        except Exception as error:
-            return Verdict(
-                False,
-                f"With {n_heads} and {n_kv_heads} heads your function stopped with {type(error).__name__}: {error}.",
-            )
-        if got[0] is None:
-            return Verdict(None, "The function still returns None.")
+        case = f" with {n_heads} and {n_kv_heads} heads"
+        got = [asked(answer, head, n_heads, n_kv_heads, case=case) for head in range(n_heads)]
+        for one in got:
+            if getattr(one, "ndim", 0) or isinstance(one, (list, tuple)):
+                return Verdict(False, f"Asked for one query head, return one number, not {one!r}.")
         right = [head // group for head in range(n_heads)]
         if got == right:
             continue

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from jaxtyping import Integer
 from torch import Tensor
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker
 
 LOGITS = [1.0, -1.0, 2.0, 0.5]  # experts 2 and 0 win, 3 is the next best
 
 
+@checker
 def check_weights_without(answer: Callable[[list[float], int, str], object]) -> Verdict:
     """A function from logits, the missing expert and the way of doing without it to {expert: weight}, two choices."""
     share = _share
@@ -27,14 +28,9 @@ def check_weights_without(answer: Callable[[list[float], int, str], object]) -> 
     }
     for (expert, how), wanted in right.items():
         case = f"With logits {LOGITS}, expert {expert} missing and {how!r}: "
+        got = asked(answer, list(LOGITS), expert, how, case=f" with expert {expert} missing and {how!r}")
         try:
-            got = answer(list(LOGITS), expert, how)
-        except Exception as error:
-            return Verdict(False, f"{case}your function stopped with {type(error).__name__}: {error}.")
-        if got is None:
-            return Verdict(None, "The function still returns None.")
-        try:
-            weights = {int(e): float(weight) for e, weight in got.items()}  # type: ignore[attr-defined]
+            weights = {int(e): float(weight) for e, weight in got.items()}
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return Verdict(False, f"Return a dictionary from expert to weight, such as {{0: 1.0}}, not {got!r}.")
         if not _same(weights, wanted):
@@ -42,6 +38,7 @@ def check_weights_without(answer: Callable[[list[float], int, str], object]) -> 
     return Verdict(True, "Three ways, three different experiments.")
 
 
+@checker
 def check_safe(answer: Callable[[list[float], int, float], object]) -> Verdict:
     """A function that says whether the chosen set stays the same if each logit is off by up to an error."""
     cases = [  # logits, k, error, right, what a wrong answer says
@@ -58,12 +55,7 @@ def check_safe(answer: Callable[[list[float], int, float], object]) -> Verdict:
     ]  # fmt: skip
     for logits, k, error, right, why in cases:
         case = f"With logits {logits}, k = {k} and an error of {error}: "
-        try:
-            got = answer(list(logits), k, error)
-        except Exception as problem:
-            return Verdict(False, f"{case}your function stopped with {type(problem).__name__}: {problem}.")
-        if got is None:
-            return Verdict(None, "The function still returns None.")
+        got = asked(answer, list(logits), k, error, case=f" with logits {logits}, k = {k} and an error of {error}")
         try:
             known = got in (True, False)
         except Exception:  # an array of several, say
@@ -75,6 +67,7 @@ def check_safe(answer: Callable[[list[float], int, float], object]) -> Verdict:
     return Verdict(True, "The gap at the cut must be more than twice the error.")
 
 
+@checker
 def check_flipped(
     answer: object, fine: Integer[Tensor, "layer seq choice"], rounded: Integer[Tensor, "layer seq choice"]
 ) -> Verdict:

@@ -7,24 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mixtral_lab.config import PRESETS, Config
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, said
 
 
+@checker
 def check_ring_after(answer: Callable[[int, int], object]) -> Verdict:
     """A function from the tokens fed and the number of slots to the position in each slot, None where it is empty."""
     for seen, slots in ((7, 4), (2, 4), (4, 4), (10, 3), (0, 2)):
         right = [_newest(slot, seen, slots) for slot in range(slots)]
+        given = asked(answer, seen, slots)
         try:
-            given = answer(seen, slots)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = [None if position is None else int(position) for position in given]  # type: ignore[attr-defined]
-        except (TypeError, ValueError):
+            got = [None if position is None else int(position) for position in given]
+        except Exception:
             return Verdict(
                 False, "Return a list with a position for each slot, such as [4, 5, 6, 3], and None for an empty slot."
             )
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
         case = f"With {slots} slots after {seen} tokens"
         if got == right:
             continue
@@ -48,6 +45,7 @@ def check_ring_after(answer: Callable[[int, int], object]) -> Verdict:
     return Verdict(True, "Each position in its slot, the newest on top, and nothing but the last ones kept.")
 
 
+@checker
 def check_cache_bytes(answer: Callable[[Config, int, int], object]) -> Verdict:
     """A function from a config, a number of tokens and bytes per number to the bytes of keys and values."""
     mistral = PRESETS["mistral-7b-v0.1"].config
@@ -55,19 +53,12 @@ def check_cache_bytes(answer: Callable[[Config, int, int], object]) -> Verdict:
     for config, tokens, size in cases:
         kept = tokens if config.window is None else min(tokens, config.window)
         right = config.cache_bytes(tokens, size)
+        whole = " where the window is None, so that all tokens are kept," if config.window is None else ""
+        given = asked(answer, config, tokens, size, case=whole)
         try:
-            given = answer(config, tokens, size)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = float(given)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            if config.window is None:
-                return Verdict(
-                    False, f"Where the window is None your function stopped ({error}): then all tokens are kept."
-                )
-            return Verdict(False, f"Return one number of bytes ({error}).")
+            got = float(given)
         except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+            return Verdict(False, f"Return one number of bytes ({said(error)}).")
         if math.isclose(got, right):
             continue
         case = f"{tokens:,} tokens with " + (f"a window of {config.window:,}" if config.window else "no window")
@@ -91,31 +82,30 @@ def check_cache_bytes(answer: Callable[[Config, int, int], object]) -> Verdict:
     )
 
 
+@checker
 def check_oldest_first(answer: Callable[[list[str], int], object]) -> Verdict:
     """A function from a ring as it lies and the tokens fed to what it holds, oldest first."""
     for seen, slots in ((6, 4), (11, 4), (2, 4), (4, 4), (8, 4), (5, 3)):
         places = [_newest(slot, seen, slots) for slot in range(slots)]
         store = ["empty" if place is None else chr(97 + place) for place in places]
         right = [chr(97 + place) for place in range(max(0, seen - slots), seen)]
+        given = asked(answer, list(store), seen)
         try:
-            given = answer(list(store), seen)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = list(given)  # type: ignore[call-overload]
+            got = list(given)
         except TypeError as error:
-            return Verdict(False, f"Return a list, made of two pieces of the ring ({error}).")
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+            return Verdict(False, f"Return a list, made of two pieces of the ring ({said(error)}).")
+        if not all(isinstance(one, str) or one is None for one in got):
+            return Verdict(False, f"Return a flat list of what the slots hold, such as ['c', 'd'], not {got!r}.")
         if got == right:
             continue
         case = f"For the ring {store} after {seen} tokens"
-        if "empty" in got:
+        if "empty" in got or None in got:
             return Verdict(False, f"{case} you return slots that nothing was written to: leave them out.")
         if got == store:
             return Verdict(False, f"{case}: that is the ring as it lies. The oldest is in slot {seen % slots}.")
         if got == right[::-1]:
             return Verdict(False, f"{case} you list the newest first.")
-        if sorted(got) != sorted(right):
+        if sorted(map(str, got)) != sorted(right):
             return Verdict(False, f"{case} you return {got}: each of {right} must be there exactly once.")
         if got and got[0] == right[-1]:
             return Verdict(False, f"{case} you begin with the newest, {got[0]!r}: the oldest lies one slot further.")

@@ -6,24 +6,19 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker
 from mixtral_lab.tokenizer import Tokenizer, TokenizerError
 
 Messages = list[dict[str, str]]
 
 
+@checker
 def check_temperature(answer: Callable[[list[float], float], object]) -> Verdict:
     """A function from probabilities at temperature 1 and a temperature to the probabilities at that temperature."""
     for chances, temperature in (([0.5, 0.25, 0.25], 2.0), ([0.6, 0.3, 0.1], 0.5), ([0.6, 0.3, 0.1], 1.0)):
-        try:
-            given = answer(list(chances), temperature)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = [float(one) for one in given]  # type: ignore[attr-defined]
-        except Exception as error:
-            return _stopped(error)
+        given = asked(answer, list(chances), temperature)
+        got = [float(one) for one in given]
         powers = [p ** (1 / temperature) for p in chances]
         if len(got) == len(chances) and _near(got, _shared(powers)):
             continue
@@ -55,26 +50,24 @@ CUT = (
 )
 
 
+@checker
 def check_stream(answer: Callable[[list[bytes]], object]) -> Verdict:
     """A function from the bytes of an answer's tokens to the text that each token lets us show ("" for none yet)."""
     for parts in CUT:
         try:
-            given = answer(list(parts))
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = list(given)  # type: ignore[call-overload]
-        except UnicodeDecodeError:
+            got = list(asked(answer, list(parts)))
+        except (Over, UnicodeDecodeError) as over:  # a generator stops here
+            if isinstance(over, Over) and not isinstance(over.__cause__, UnicodeDecodeError):
+                raise
             return Verdict(
                 False, f"{b''.join(parts)!r} stopped with an error: a token may end inside a character; keep its bytes."
             )
-        except Exception as error:
-            return _stopped(error)
+        if not all(isinstance(text, str) for text in got):
+            return Verdict(False, f"For {list(parts)} return texts (str), one for each token, not {got!r}.")
         right = _streamed(parts)
         if got == right:
             continue
         case, whole = f"For {list(parts)}", b"".join(parts).decode()
-        if not all(isinstance(text, str) for text in got):
-            return Verdict(False, f"{case} return texts (str), one for each token, not {got!r}.")
         if any("\ufffd" in text for text in got):
             return Verdict(False, f"{case} you show �: half a character must wait until the rest of it is there.")
         if got == [part.decode(errors="ignore") for part in parts]:
@@ -103,6 +96,7 @@ TALK: Messages = [
 ]
 
 
+@checker
 def check_trim(answer: Callable[[Messages, int], object], tokenizer: Tokenizer) -> Verdict:
     """A function from messages and a budget to the messages without as many of the oldest turns as the budget demands."""
 
@@ -116,18 +110,15 @@ def check_trim(answer: Callable[[Messages, int], object], tokenizer: Tokenizer) 
         for right, budget in ((0, 2048), (1, size(shorter[1])), (2, size(shorter[1]) - 1), (0, size(talk)), (3, 1)):
             given_talk = copy.deepcopy(talk)
             try:
-                given = answer(given_talk, budget)
-                if given is None:
-                    return Verdict(None, "The function still returns None.")
-                got = [dict(message) for message in given]  # type: ignore[attr-defined]
-            except TokenizerError as error:
+                got = [dict(message) for message in asked(answer, given_talk, budget)]
+            except Over as over:
+                if not isinstance(over.__cause__, TokenizerError):
+                    raise
                 return Verdict(
                     False,
-                    f"What you kept is no conversation any more ({str(error).rstrip('.')}): drop a question with its "
+                    f"What you kept is no conversation any more ({str(over.__cause__).rstrip('.')}): drop a question with its "
                     "answer, and keep the system message and the last question.",
                 )
-            except Exception as error:
-                return _stopped(error)
             if got == shorter[right]:
                 continue
             return Verdict(False, _why_not(got, talk, shorter, right, budget, size))
@@ -173,7 +164,3 @@ def _shared(powers: Sequence[float]) -> list[float]:
 
 def _near(got: Sequence[float], expected: Sequence[float]) -> bool:
     return all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(got, expected, strict=True))
-
-
-def _stopped(error: Any) -> Verdict:
-    return Verdict(False, f"The function stopped with {type(error).__name__}: {error}")

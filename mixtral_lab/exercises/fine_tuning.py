@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mixtral_lab.config import PRESETS
-from mixtral_lab.exercises.verdict import Verdict, judged
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, judged
 
 
+@checker
 def check_adapter_numbers(answer: object) -> Verdict:
     """How many numbers an adapter of rank 8 on the attention of Mixtral 8x7B holds, in all of its layers."""
     if answer is None:
@@ -40,17 +41,13 @@ def check_adapter_numbers(answer: object) -> Verdict:
     return Verdict(False, "For each of four matrices, A holds rank x features_in numbers and B features_out x rank.")
 
 
+@checker
 def check_merge(answer: Callable[[Tensor, Tensor, Tensor, int], object]) -> Verdict:
     """A function from weight, A, B and alpha to the merged weight."""
     generator = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((6, 4), (2, 4), (6, 2)))
     before = weight.clone()
-    try:
-        got = answer(weight, a, b, 8)
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, weight, a, b, 8)
     if not isinstance(got, Tensor) or got.shape != weight.shape:
         found = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
         return Verdict(False, f"Return a matrix of the weight's shape, (6, 4), not {found}.")
@@ -68,18 +65,14 @@ def check_merge(answer: Callable[[Tensor, Tensor, Tensor, int], object]) -> Verd
     return judged(got, before + 4 * change, mistakes, "One matrix, as large as before, and no slower to use.")
 
 
+@checker
 def check_masked_loss(answer: Callable[[Tensor, Tensor], object]) -> Verdict:
     """A function from a loss for each token `batch seq` and what is learned `batch seq` to one number."""
     losses = torch.tensor([[4.0, 1.0, 2.0, 9.0], [8.0, 7.0, 6.0, 0.5]])
     learned = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    got = asked(answer, losses, learned)
     try:
-        got = answer(losses, learned)
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
-    try:
-        number = float(got)  # type: ignore[arg-type]
+        number = float(got)
     except (TypeError, ValueError, RuntimeError):
         return Verdict(False, f"Return one number, not {got!r}.")
     usual = {

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker
 
 
+@checker
 def check_intensity(answer: Callable[[int, int, int, int], object]) -> Verdict:
     """A function from tokens, a matrix's two sides and bytes per number to operations per byte."""
-    for tokens, n_in, n_out, size in ((1, 256, 384, 4), (512, 4096, 4096, 4), (64, 4096, 14336, 2)):
+    for tokens, n_in, n_out, size in ((512, 4096, 14336, 4), (1, 256, 384, 4), (64, 4096, 14336, 2)):
         matrix, moved = n_in * n_out, tokens * (n_in + n_out)
         operations = 2 * tokens * matrix
         right = operations / (size * (matrix + moved))
         got = _number(partial(answer, tokens, n_in, n_out, size))
-        if isinstance(got, Verdict):
-            return got
         if _near(got, right):
             continue
+        if any(got == round(right, digits) for digits in range(4)):
+            return Verdict(False, f"Right, but rounded: return {right:.5g} as it comes out, not {got:g}.")
         mistakes = {
             f"`size` is {size} here, and your function takes 4: use the argument.": math.nan
             if size == 4
@@ -54,14 +54,13 @@ def check_intensity(answer: Callable[[int, int, int, int], object]) -> Verdict:
     return Verdict(True, "Almost proportional to the tokens: the matrix is read once, however many share it.")
 
 
+@checker
 def check_experts_awake(answer: Callable[[int, int, int], object]) -> Verdict:
     """A function from experts, choices and tokens to how many experts of a layer are chosen at all, by chance."""
     for experts, choices, tokens in ((8, 2, 3), (8, 2, 1), (8, 2, 16), (64, 6, 10)):
         missed = (1 - choices / experts) ** tokens
         right = experts * (1 - missed)
         got = _number(partial(answer, experts, choices, tokens))
-        if isinstance(got, Verdict):
-            return got
         if _near(got, right):
             continue
         case = f"With {experts} experts, {choices} for each of {tokens} tokens"
@@ -85,6 +84,7 @@ def check_experts_awake(answer: Callable[[int, int, int], object]) -> Verdict:
     return Verdict(True, "An expert sleeps only if every token misses it, which soon becomes unlikely.")
 
 
+@checker
 def check_nucleus(answer: Callable[[list[float], float], object]) -> Verdict:
     """A function from probabilities and p to {token: probability}, of the tokens that top-p keeps."""
     cases = (
@@ -98,17 +98,12 @@ def check_nucleus(answer: Callable[[list[float], float], object]) -> Verdict:
         n = _reached([chances[token] for token in order], p)
         kept = order[:n]
         total = sum(chances[token] for token in kept)
-        try:
-            given = answer(list(chances), p)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            if not isinstance(given, dict):
-                return Verdict(
-                    False, f"Return a dictionary from token to probability, such as {{1: 0.6, 3: 0.4}}, not {given!r}."
-                )
-            got = {int(token): float(chance) for token, chance in given.items() if float(chance)}
-        except Exception as error:
-            return _stopped(error)
+        given = asked(answer, list(chances), p)
+        if not isinstance(given, dict):
+            return Verdict(
+                False, f"Return a dictionary from token to probability, such as {{1: 0.6, 3: 0.4}}, not {given!r}."
+            )
+        got = {int(token): float(chance) for token, chance in given.items() if float(chance)}
         case = f"For {chances} and p = {p}"
         if set(got) == set(kept):
             if all(math.isclose(got[token], chances[token] / total, abs_tol=1e-3) for token in kept):
@@ -158,24 +153,14 @@ def _reached(chances: list[float], p: float) -> int:
     return next(n for n in range(1, len(chances) + 1) if sum(chances[:n]) >= p)
 
 
-def _number(ask: Callable[[], object]) -> float | Verdict:
-    """The number that an answer gives, or what is wrong with it."""
-    try:
-        given: Any = ask()
-    except Exception as error:
-        return _stopped(error)
-    if given is None:
-        return Verdict(None, "The function still returns None.")
+def _number(ask: Callable[[], object]) -> float:
+    """The number that an answer gives."""
+    given = asked(ask)
     try:
         return float(given)
     except Exception:
-        return Verdict(False, f"Return one number, not {given!r}.")
+        raise Over(Verdict(False, f"Return one number, not {given!r}.")) from None
 
 
 def _near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-3)
-
-
-def _stopped(error: Exception) -> Verdict:
-    said = str(error).splitlines() or [""]
-    return Verdict(False, f"Your function stopped with {type(error).__name__}: {said[0]}.")

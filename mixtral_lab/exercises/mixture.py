@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixtral_lab.config import PRESETS, Config
-from mixtral_lab.exercises.verdict import Verdict, judged
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker, judged, said
 
 
+@checker
 def check_swiglu(answer: Callable[..., object]) -> Verdict:
     """A function from `x`, `gate`, `up` and `down` to `down(silu(gate x) * up x)`, for one token."""
     x, gate, up, down = (_random(seed, *shape) for seed, shape in enumerate(((4,), (6, 4), (6, 4), (4, 6))))
@@ -35,6 +35,7 @@ def check_swiglu(answer: Callable[..., object]) -> Verdict:
     return judged(got, down @ (F.silu(opened) * passed), mistakes, "The gate opens, up passes, down brings it back.")
 
 
+@checker
 def check_mixture(answer: Callable[..., object]) -> Verdict:
     """A function from `x`, `chosen`, `weights` and `experts` to their mixture, each expert run on its own rows alone."""
     x = _random(0, 5, 3)
@@ -100,21 +101,18 @@ def check_mixture(answer: Callable[..., object]) -> Verdict:
     return verdict
 
 
+@checker
 def check_feed_forward_numbers(answer: Callable[[Config], object]) -> Verdict:
     """A function from a config to what all experts store, and what one token uses of it."""
     mixtral = PRESETS["mixtral-8x7b"].config
     for config in (mixtral, replace(mixtral, n_experts=16, n_choices=4)):
         one = 3 * config.dim * config.hidden * config.n_layers
         total, chosen = config.n_experts or 1, config.n_choices or 1
+        given = asked(answer, config)
         try:
-            given: Any = answer(config)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
             stored, used = (float(number) for number in given)
-        except (TypeError, ValueError) as error:
-            return Verdict(False, f"Return two numbers, (stored, used) ({error}).")
         except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+            return Verdict(False, f"Return two numbers, (stored, used) ({said(error)}).")
         if (stored, used) == (total * one, chosen * one):
             continue
         if (stored, used) == (chosen * one, total * one):
@@ -151,14 +149,9 @@ def _tried(run: Callable[[], object], shape: tuple[int, ...]) -> tuple[Tensor, V
     """What an answer gives, as a tensor of the right shape, or the verdict that ends it."""
     nothing = torch.empty(0)
     try:
-        given = run()
-        if given is None:
-            return nothing, Verdict(None, "The function still returns None.")
-        got = torch.as_tensor(given, dtype=torch.float32).detach()
-    except Exception as error:
-        return nothing, Verdict(
-            False, f"Your function stopped with {type(error).__name__}: {str(error).splitlines()[0]}."
-        )
+        got = torch.as_tensor(asked(run), dtype=torch.float32).detach()
+    except Over as over:
+        return nothing, over.verdict
     if tuple(got.shape) != shape:
         return nothing, Verdict(False, f"The result must have the shape {shape}, but has {tuple(got.shape)}.")
     return got, None

@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker
 
-STILL_NONE = Verdict(None, "The function still returns None.")
 TEXTS = ([[1, 3], [1, 2], [3, 4], [3, 4], [1, 4], [1, 4], [3, 1]], [[0, 1], [2, 3], [4, 0]], [[1, 2], [2, 1]])
 SHARES = ([0.4, 0.3, 0.2, 0.1], [0.5, 0.25, 0.25, 0.0], [0.125] * 8)
 TABLES = ([[10, 0], [0, 10]], [[6, 2], [1, 3], [4, 8]], [[30, 10], [5, 0]], [[2, 4], [3, 6]])
 
 
+@checker
 def check_either(answer: Callable[[list[list[int]]], object]) -> Verdict:
     """A function from the chosen experts of each token to the share of neighbours with any of them in common."""
     for text in TEXTS:
         got = _number(answer, [list(chosen) for chosen in text])
-        if isinstance(got, Verdict):
-            return got
         pairs = list(pairwise(text))
         same = sum(bool({*a} & {*b}) for a, b in pairs)
         if _close(got, same / len(pairs)):
@@ -49,12 +47,11 @@ def check_either(answer: Callable[[list[list[int]]], object]) -> Verdict:
     return Verdict(True, "Any expert in common, of either rank, over all pairs of neighbours.")
 
 
+@checker
 def check_uneven_chance(answer: Callable[[list[float]], object]) -> Verdict:
     """A function from the experts' shares of first choices to the chance that two blind tokens agree."""
     for shares in SHARES:
         got = _number(answer, list(shares))
-        if isinstance(got, Verdict):
-            return got
         right = sum(share**2 for share in shares)
         if _close(got, right):
             continue
@@ -79,14 +76,16 @@ def check_uneven_chance(answer: Callable[[list[float]], object]) -> Verdict:
     return Verdict(True, "Squares summed: 1/8 is its smallest value for eight experts, reached if all are used alike.")
 
 
+@checker
 def check_information(answer: Callable[[list[list[int]]], object]) -> Verdict:
     """A function from a table of counts, domain by expert, to their mutual information in bits."""
     for table in TABLES:
-        got = _number(answer, [list(row) for row in table])
-        if isinstance(got, Verdict):
-            if "ValueError" in got.message or "ZeroDivisionError" in got.message:
-                return Verdict(False, f"{got.message} A count of 0 has no logarithm: leave such cells out.")
-            return got
+        try:
+            got = _number(answer, [list(row) for row in table])
+        except Over as over:
+            if isinstance(over.__cause__, (ValueError, ZeroDivisionError)):
+                return Verdict(False, f"{over} A count of 0 has no logarithm: leave such cells out.")
+            raise
         total = sum(map(sum, table))
         of_rows = _entropy([sum(row) / total for row in table])
         of_columns = _entropy([sum(column) / total for column in zip(*table, strict=True)])
@@ -117,18 +116,16 @@ def check_information(answer: Callable[[list[list[int]]], object]) -> Verdict:
     return Verdict(True, "0 for a table whose rows are alike, and zero counts add nothing.")
 
 
-def _number(answer: Callable[[Any], object], given: Any) -> float | Verdict:
-    """What the answer gives as a number, or what to say instead."""
+def _number(answer: Callable[[Any], object], given: Any) -> float:
+    """The number that an answer gives."""
+    got = asked(answer, given)
     try:
-        got = answer(given)
-        if got is None:
-            return STILL_NONE
-        number = float(got)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        return Verdict(False, f"Return one number; here came {type(error).__name__}: {error}.")
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    return number if math.isfinite(number) else Verdict(False, f"Return one number, not {number}.")
+        number = float(got)
+    except Exception:
+        number = math.nan
+    if not math.isfinite(number):
+        raise Over(Verdict(False, f"Return one number, not {got!r}."))
+    return number
 
 
 def _close(a: float, b: float | int) -> bool:

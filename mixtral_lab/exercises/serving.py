@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker, said
 
 SAID, OTHER = "Once there was  a café.", "Nobody knows."
 MOST_TRIES = 5
 
 
+@checker
 def check_read_events(answer: Callable[[list[str]], object]) -> Verdict:
     """A function from the lines of a stream to the text of answer 0."""
     try:
-        got = answer(_stream())
-    except json.JSONDecodeError:
+        got = asked(answer, _stream())
+    except Over as over:
+        if not isinstance(over.__cause__, json.JSONDecodeError):
+            raise
         return Verdict(
             False,
             "A line that is not JSON was read as JSON: skip what does not begin with 'data: ', and end at 'data: [DONE]'.",
         )
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
     if not isinstance(got, str):
         return Verdict(False, f"Return the text as one string, not {type(got).__name__}: ''.join(pieces).")
     if got == SAID:
@@ -60,6 +59,7 @@ Said = tuple[int, dict[str, str], object]  # status, headers, answer
 Post = Callable[[], Said]
 
 
+@checker
 def check_ask_again(answer: Callable[[Post, Callable[[float], None]], object]) -> Verdict:
     """A function that asks a busy server again, from `post()` and `sleep(seconds)` to the answer or None."""
     busy: Said = (429, {"Retry-After": "2"}, "busy")
@@ -91,8 +91,6 @@ def check_ask_again(answer: Callable[[Post, Callable[[float], None]], object]) -
             return Verdict(False, f"While the server stayed busy you asked {posts} times: give up after {MOST_TRIES}.")
     except _AskedForEver:
         return Verdict(False, f"While the server stays busy you never stop asking: give up after {MOST_TRIES} times.")
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
     return Verdict(True, "Wait as long as you are told, a few times, and only where waiting can help.")
 
 
@@ -114,21 +112,21 @@ def _played(
             raise _AskedForEver
         return script[posts - 1]
 
-    return answer(post, sleeps.append), posts, sleeps
+    try:
+        got = answer(post, sleeps.append)
+    except Exception as error:
+        raise Over(Verdict(False, f"Your function stopped with {said(error)}.")) from error
+    return got, posts, sleeps
 
 
+@checker
 def check_routed_rows(answer: Callable[[dict[str, Any]], object]) -> Verdict:
     """A function from an answer with routed experts to an array `layer seq choice` of prompt and answer."""
     prompt = np.arange(24).reshape(3, 4, 2) % 8
     written = (np.arange(16).reshape(2, 4, 2) + 5) % 8
     given = {"prompt_routed_experts": prompt.tolist(), "choices": [{"index": 0, "routed_experts": written.tolist()}]}
-    try:
-        found = answer(given)
-        if found is None:
-            return Verdict(None, "The function still returns None.")
-        got = np.asarray(found)
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+    found = asked(answer, given)
+    got = np.asarray(found)
     rows = np.concatenate([prompt, written])
     right = rows.transpose(1, 0, 2)
     mistakes = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, checker
 from mixtral_lab.trace import Trace
 
 
+@checker
 def check_first_choice(answer: object, trace: Trace, layer: int, position: int) -> Verdict:
     """The expert that reads one token of a trace with the largest weight, in one layer."""
     if answer is None:
@@ -17,7 +19,9 @@ def check_first_choice(answer: object, trace: Trace, layer: int, position: int) 
         if isinstance(given, (list, tuple)):
             return Verdict(False, f"That is a list, {list(given)}: give one number, the first of the choices.")
         number = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         return Verdict(False, f"The answer must be one number, not {answer!r}.")
     experts = trace.routing.experts
     layers, seq, _ = experts.shape
@@ -42,6 +46,7 @@ def check_first_choice(answer: object, trace: Trace, layer: int, position: int) 
     return Verdict(False, f"Not that one: look at layer {layer}, position {position}, choice 0, in this order.")
 
 
+@checker
 def check_decisions(answer: object, trace: Trace) -> Verdict:
     """How often an expert was asked while a text was read and written: in all layers, all choices counted."""
     if answer is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker
 from mixtral_lab.tokenizer import Tokenizer
 
 Merges = Sequence[tuple[str, str]]
@@ -14,14 +14,10 @@ Merges = Sequence[tuple[str, str]]
 MENU = "Crêpes and café: 5€"  # 19 characters, 23 bytes
 
 
+@checker
 def check_bytes_per_token(answer: Callable[[str, Tokenizer], object], tokenizer: Tokenizer) -> Verdict:
     """A function from a text and a tokenizer to the bytes of the text that one token stands for, on average."""
-    try:
-        got = answer(MENU, tokenizer)
-    except Exception as error:
-        return _stopped(error)
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, MENU, tokenizer)
     number = _number(got)
     if number is None:
         return Verdict(False, f"Return one number, not {got!r}.")
@@ -81,17 +77,11 @@ BY_MERGES: tuple[tuple[str, Merges, dict[str, tuple[str, ...]]], ...] = (
 )  # fmt: skip
 
 
+@checker
 def check_apply_merges(answer: Callable[[str, list[tuple[str, str]]], object]) -> Verdict:
     """A function from a word and merges, in the order they were learnt, to the pieces of the word."""
     for word, merges, usual in BY_MERGES:
-        try:
-            got = answer(word, list(merges))
-        except Exception as error:
-            return Verdict(False, f"For {word!r} your function stopped with {type(error).__name__}: {error}.")
-        if got is None:
-            if word == BY_MERGES[0][0]:
-                return Verdict(None, "The function still returns None.")
-            return Verdict(False, f"For {word!r} your function returns None.")
+        got = asked(answer, word, list(merges), case=f" for {word!r}", later=word != BY_MERGES[0][0])
         if isinstance(got, str) or not isinstance(got, (list, tuple)):
             return Verdict(False, f"Return a list of pieces, such as ['th', 'e'], not {got!r}.")
         pieces, right = tuple(got), apply_merges(word, merges)
@@ -129,14 +119,10 @@ TALK = (
 )
 
 
+@checker
 def check_chat_by_hand(answer: Callable[[list[dict[str, str]]], object], tokenizer: Tokenizer) -> Verdict:
     """A function from messages to ids, equal to `tokenizer.chat`, for our own chat format."""
-    try:
-        got = answer([dict(message) for message in TALK])
-    except Exception as error:
-        return _stopped(error)
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, [dict(message) for message in TALK])
     ids = _ids(got, tokenizer)
     if isinstance(ids, Verdict):
         return ids
@@ -144,11 +130,8 @@ def check_chat_by_hand(answer: Callable[[list[dict[str, str]]], object], tokeniz
     begin, end, opens, closes = (_id(tokenizer, name) for name in ("<s>", "</s>", "[INST]", "[/INST]"))
     if ids == right:
         one = tokenizer.chat(TALK[:1])
-        try:
-            alone = answer([dict(TALK[0])])
-        except Exception as error:
-            return Verdict(False, f"With a single message your function stopped with {type(error).__name__}: {error}.")
-        if not isinstance(alone, (list, tuple)) or list(alone) != one:
+        alone = _ids(asked(answer, [dict(TALK[0])], case=" with a single message", later=True), tokenizer)
+        if alone != one:
             return Verdict(
                 False, "Three messages come out right, but a single one does not: go through whatever comes."
             )
@@ -221,7 +204,3 @@ def _number(got: object) -> float | None:
         return float(got)  # type: ignore[arg-type]
     except Exception:  # whatever an answer may be
         return None
-
-
-def _stopped(error: Exception) -> Verdict:
-    return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, said
 
 # Four tokens, four experts, two choices each: small enough for paper.
 PROBABILITIES = [[0.5, 0.3, 0.1, 0.1], [0.4, 0.2, 0.3, 0.1], [0.6, 0.2, 0.1, 0.1], [0.05, 0.15, 0.3, 0.5]]
@@ -14,17 +13,14 @@ CHOSEN = [[0, 1], [0, 2], [0, 1], [3, 2]]
 WEIGHTS = [[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]
 
 
+@checker
 def check_balance_loss(answer: Callable[..., object]) -> Verdict:
     """A function from probabilities `token expert` and choices `token choice` to E times the sum of f P."""
+    given = asked(answer, [list(row) for row in PROBABILITIES], [list(row) for row in CHOSEN])
     try:
-        given: Any = answer([list(row) for row in PROBABILITIES], [list(row) for row in CHOSEN])
-        if given is None:
-            return Verdict(None, "The function still returns None.")
         got = float(given)
-    except (TypeError, ValueError) as error:
-        return Verdict(False, f"Return one number ({error}).")
     except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+        return Verdict(False, f"Return one number ({said(error)}).")
     n_tokens, n_experts = len(PROBABILITIES), len(PROBABILITIES[0])
     counts = _counts(CHOSEN, n_experts)
     share = [count / sum(counts) for count in counts]
@@ -51,10 +47,9 @@ def check_balance_loss(answer: Callable[..., object]) -> Verdict:
             if math.isclose(got, wrong, abs_tol=1e-4):
                 return Verdict(False, message)
         return Verdict(False, f"For the checker's four tokens it should be {right:.4f}, not {got:.4f}.")
-    try:
-        other = float(answer([[0.2] * 5, [0.2] * 5], [[0], [3]]))  # type: ignore[arg-type]
-    except Exception as error:
-        return Verdict(False, f"With five experts and one choice it stopped with {type(error).__name__}: {error}.")
+    other = float(
+        asked(answer, [[0.2] * 5, [0.2] * 5], [[0], [3]], case=" with five experts and one choice", later=True)
+    )
     if not math.isclose(other, 1.0, abs_tol=1e-4):
         return Verdict(
             False,
@@ -63,17 +58,14 @@ def check_balance_loss(answer: Callable[..., object]) -> Verdict:
     return Verdict(True, "Counted shares times mean probabilities: the one says who is busy, the other can be pushed.")
 
 
+@checker
 def check_importance_and_load(answer: Callable[..., object]) -> Verdict:
     """A function from choices, weights and a number of experts to two lists of shares: of weight, and of assignments."""
+    given = asked(answer, [list(row) for row in CHOSEN], [list(row) for row in WEIGHTS], 4)
     try:
-        given: Any = answer([list(row) for row in CHOSEN], [list(row) for row in WEIGHTS], 4)
-        if given is None:
-            return Verdict(None, "The function still returns None.")
         importance, load = ([float(x) for x in part] for part in given)
-    except (TypeError, ValueError) as error:
-        return Verdict(False, f"Return two lists of numbers, (importance, load) ({error}).")
     except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+        return Verdict(False, f"Return two lists of numbers, (importance, load) ({said(error)}).")
     if len(importance) != 4 or len(load) != 4:
         return Verdict(False, f"Four experts need four numbers in each list, not {len(importance)} and {len(load)}.")
     weight = [0.0] * 4
@@ -83,10 +75,8 @@ def check_importance_and_load(answer: Callable[..., object]) -> Verdict:
     counts = _counts(CHOSEN, 4)
     right, right_load = [w / sum(weight) for w in weight], [c / sum(counts) for c in counts]
     if _same(importance, right) and _same(load, right_load):
-        try:
-            lengths = [len(part) for part in answer([[0, 2]], [[0.75, 0.25]], 4)]  # type: ignore[attr-defined]
-        except Exception as error:
-            return Verdict(False, f"With experts that nobody chose it stopped with {type(error).__name__}: {error}.")
+        unwanted = asked(answer, [[0, 2]], [[0.75, 0.25]], 4, case=" with experts that nobody chose", later=True)
+        lengths = [len(part) for part in unwanted]
         if lengths != [4, 4]:
             return Verdict(False, f"Experts that nobody chose have a 0: four numbers in each list, not {lengths[0]}.")
         return Verdict(True, "Importance asks how loud an expert is, load how busy: only load makes a machine wait.")

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixtral_lab.config import PRESETS
-from mixtral_lab.exercises.verdict import Verdict, judged
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, judged
 
 
+@checker
 def check_upcycled_size(answer: object) -> Verdict:
     """(stored, active): Mistral 7B v0.1 with 8 copies of every feed-forward, 2 for each token, in whole numbers."""
     if answer is None:
@@ -46,6 +47,7 @@ def check_upcycled_size(answer: object) -> Verdict:
     )
 
 
+@checker
 def check_unnormalised(answer: object, logits: list[float]) -> Verdict:
     """The factor by which copies answer too small if softmax comes before top-2 and nothing is shared out again."""
     if answer is None:
@@ -69,20 +71,14 @@ def check_unnormalised(answer: object, logits: list[float]) -> Verdict:
     return Verdict(False, "Take the softmax over all the logits, and sum the two largest shares.")
 
 
+@checker
 def check_low_rank(answer: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Verdict:
     """A function of x, weight, into, out that gives `(weight + out @ into) x` for rows x, without the sum matrix."""
     generator = torch.Generator().manual_seed(0)
     x, weight, into, out = (torch.randn(*s, generator=generator) for s in ((3, 6), (5, 6), (2, 6), (5, 2)))
-    try:
-        got = answer(x, weight, into, out)
-        with FlopCounterMode(
-            display=False
-        ) as counter:  # one row: the thin products are 52 multiplications, the sum matrix 90
-            answer(x[:1], weight, into, out)
-    except Exception as error:
-        return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
-    if got is None:
-        return Verdict(None, "The function still returns None.")
+    got = asked(answer, x, weight, into, out)
+    with FlopCounterMode(display=False) as counter:  # of one row: the thin products are 52, the sum matrix 90
+        asked(answer, x[:1], weight, into, out, case=" with a single row")
     if not isinstance(got, Tensor) or got.shape != (3, 5):
         found = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"{got!r}"
         return Verdict(False, f"For 3 rows of 6 numbers and a weight of 5 x 6, return 3 rows of 5, not {found}.")

@@ -10,31 +10,29 @@ import torch
 from torch import Tensor
 
 from mixtral_lab.config import PRESETS, Config
-from mixtral_lab.exercises.verdict import Verdict, judged
+from mixtral_lab.exercises.verdict import Over, Verdict, asked, checker, judged, said
 from mixtral_lab.lab import Lab
 
 WRONG_LAYER = 4  # of the model that `miswired` makes
 PARTS = ("attention", "experts")
 
 
+@checker
 def check_rms_norm(answer: Callable[[Tensor, Tensor, float], object]) -> Verdict:
     """A function from `x` (`seq dim`), `weight` (`dim`) and `eps` to every row scaled to a root mean square of 1, times weight."""
     x = torch.tensor([[1.0, -2.0, 3.0, 4.0], [0.1, 0.2, 0.0, -0.3], [5.0, 5.0, 5.0, 6.0]])
     weight, eps = torch.tensor([1.0, 0.5, 2.0, -1.0]), 0.25
     try:
-        given = answer(x.clone(), weight.clone(), eps)
-        if given is None:
-            return Verdict(None, "The function still returns None.")
-        got = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
-    except Exception as error:
-        stopped = _stopped(error)
-        if "must match the size" not in str(error):
-            return stopped
+        given = asked(answer, x.clone(), weight.clone(), eps)
+    except Over as over:
+        if "must match the size" not in over.verdict.message:
+            raise
         return Verdict(
             False,
-            f"{stopped.message} The usual slip is a mean without `keepdim=True`: it has shape (seq,), and only (seq, 1) "
+            f"{over.verdict.message} The usual slip is a mean without `keepdim=True`: it has shape (seq,), and only (seq, 1) "
             "can divide the rows it comes from.",
         )
+    got = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
     if got.shape != x.shape:
         return Verdict(False, f"The result must have x's shape, {tuple(x.shape)}, but has {tuple(got.shape)}.")
     squares = x.square().mean(-1, keepdim=True)
@@ -74,6 +72,7 @@ def miswired(lab: Lab) -> Lab:
     return Lab(model, lab.tokenizer, "miswired")
 
 
+@checker
 def check_wrong_part(answer: object) -> Verdict:
     """Which layer of `miswired`'s model is wrong, and which part of it: `(layer, "attention" or "experts")`."""
     if answer is None:
@@ -104,20 +103,17 @@ def check_wrong_part(answer: object) -> Verdict:
     return Verdict(False, f"What layer {layer} leaves in the stream is the same in both models: look further on.")
 
 
+@checker
 def check_gigabytes_and_speed(answer: Callable[[Config, int, float], object]) -> Verdict:
     """A function from a config, bits per number and GB/s to the weights' GB and the most tokens per second."""
     mixtral, dense = (PRESETS[name].config for name in ("mixtral-8x7b", "mistral-7b-v0.1"))
     for config, bits, bandwidth in ((mixtral, 16, 1000.0), (mixtral, 4, 100.0), (dense, 16, 1000.0)):
         stored, active = config.parameters * bits / 8 / 1e9, config.active_parameters * bits / 8 / 1e9
+        given = asked(answer, config, bits, bandwidth)
         try:
-            given: Any = answer(config, bits, bandwidth)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
             size, speed = (float(number) for number in given)
-        except (TypeError, ValueError) as error:
-            return Verdict(False, f"Return two numbers, (gigabytes, tokens per second) ({error}).")
         except Exception as error:
-            return _stopped(error)
+            return Verdict(False, f"Return two numbers, (gigabytes, tokens per second) ({said(error)}).")
         if _near(size, stored) and _near(speed, bandwidth / active):
             continue
         if _near(speed, stored) and _near(size, bandwidth / active):
@@ -154,8 +150,3 @@ def check_gigabytes_and_speed(answer: Callable[[Config, int, float], object]) ->
 
 def _near(a: float, b: float) -> bool:
     return abs(a - b) <= 0.01 * abs(b)
-
-
-def _stopped(error: Exception) -> Verdict:
-    said = str(error).splitlines() or [""]
-    return Verdict(False, f"Your function stopped with {type(error).__name__}: {said[0]}.")

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mixtral_lab.exercises.verdict import Verdict
+from mixtral_lab.exercises.verdict import Verdict, asked, checker, said
 
 
+@checker
 def check_visible_keys(answer: Callable[[int, int], object]) -> Verdict:
     """A function from a position and a window to the positions that it sees, oldest first."""
     for position, window in ((5, 3), (1, 3), (9, 4), (4, 1)):
         right = list(range(max(0, position - window + 1), position + 1))
+        given = asked(answer, position, window)
         try:
-            given = answer(position, window)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = [int(key) for key in given]  # type: ignore[attr-defined]
+            got = [int(key) for key in given]
         except TypeError as error:
-            return Verdict(False, f"Return a list of positions, such as [3, 4, 5] ({error}).")
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
+            return Verdict(False, f"Return a list of positions, such as [3, 4, 5] ({said(error)}).")
         case = f"position {position} with a window of {window}"
         if got == right:
             continue
@@ -40,19 +37,16 @@ def check_visible_keys(answer: Callable[[int, int], object]) -> Verdict:
     return Verdict(True, "As many keys as the window is wide, itself included, and none before the text begins.")
 
 
+@checker
 def check_layers_needed(answer: Callable[[int, int], object]) -> Verdict:
     """A function from a distance and a window to the fewest layers that carry something so far."""
     for distance, window in ((5, 4), (6, 3), (22, 4), (127, 128), (128, 128), (1000, 128), (131040, 4096)):
         right = -(-distance // (window - 1))
+        given = asked(answer, distance, window)
         try:
-            given = answer(distance, window)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = float(given)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+            got = float(given)
+        except Exception:
             return Verdict(False, "Return one whole number, the number of layers.")
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
         if not math.isfinite(got):
             return Verdict(False, "Return one whole number, the number of layers.")
         case = f"{distance:,} tokens back with a window of {window:,}"
@@ -73,6 +67,7 @@ def check_layers_needed(answer: Callable[[int, int], object]) -> Verdict:
     return Verdict(True, "One layer for every window - 1 tokens, rounded up.")
 
 
+@checker
 def check_packed_mask(answer: Callable[[list[int], int], object]) -> Verdict:
     """A function from the texts of a row's places and a window to the mask `mask[query][key]`."""
     for texts, window in (([0, 0, 0, 1, 1], 3), ([0, 0, 0, 0, 1, 1, 1, 2], 2), ([4, 7, 7, 7], 8)):
@@ -80,15 +75,11 @@ def check_packed_mask(answer: Callable[[list[int], int], object]) -> Verdict:
         past = [[k <= q for k in places] for q in places]
         near = [[past[q][k] and q - k < window for k in places] for q in places]
         right = [[near[q][k] and texts[q] == texts[k] for k in places] for q in places]
+        given = asked(answer, list(texts), window)
         try:
-            given = answer(list(texts), window)
-            if given is None:
-                return Verdict(None, "The function still returns None.")
-            got = [[bool(cell) for cell in row] for row in given]  # type: ignore[attr-defined]
+            got = [[bool(cell) for cell in row] for row in given]
         except TypeError:
             return Verdict(False, "Return a list of lists of True and False, one inner list for each query.")
-        except Exception as error:
-            return Verdict(False, f"Your function stopped with {type(error).__name__}: {error}.")
         if len(got) != len(texts) or any(len(row) != len(texts) for row in got):
             return Verdict(False, f"For {len(texts)} places the mask must have {len(texts)} rows of {len(texts)}.")
         if got == right:
