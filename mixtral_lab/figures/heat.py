@@ -61,9 +61,14 @@ def heat_panels(
     longest = max(map(_width, across_names))
     below = 46 if longest <= 4 else 46 + round(6.6 * longest)
     gap, bar = 18, 92
-    across = min(
-        n_panels, max(1, (WIDTH - left - bar) // max(165, (9 if isinstance(columns, int) else 14) * n_columns))
-    )
+    text = values if written is None else written
+    numbers = [[[_short(value, percent) for value in line] for line in panel] for panel in text]
+    digit = 7  # pixels
+    room = 20 if percent else digit * max(len(number) for panel in numbers for line in panel for number in line)
+    least = 9 if isinstance(columns, int) else 14
+    if written is not None:  # what is written is there to be read
+        least = max(least, room)
+    across = min(n_panels, max(1, (WIDTH - left - bar) // max(165, least * n_columns)))
     cell = min((WIDTH - left - bar - (across - 1) * gap) / across / n_columns, 46)
     tall = min(cell, 30) if isinstance(rows, int) and isinstance(columns, int) else 21
     down = -(-n_panels // across)
@@ -76,8 +81,7 @@ def heat_panels(
         vertical_spacing=between / height if down > 1 else 0,
         shared_yaxes=True,
     )
-    in_words = cell >= (20 if percent else 28) and tall >= 15  # pixels, for two digits or for a point and two
-    text = values if written is None else written
+    in_words = cell >= room and tall >= 15
     for panel, title in enumerate(titles):
         row, column = panel // across + 1, panel % across + 1
         number = "%{z:.1%}" if percent else "%{z:.3f}"
@@ -92,7 +96,7 @@ def heat_panels(
             hoverongaps=False,
             customdata=None if notes is None else notes[panel],
             hovertemplate=words + "<extra></extra>",
-            text=[[_short(value, percent) for value in line] for line in text[panel]] if in_words else None,
+            text=numbers[panel] if in_words else None,
             texttemplate="%{text}" if in_words else None,
             textfont={"size": 11},
             row=row,
@@ -106,6 +110,7 @@ def heat_panels(
     fig.update_yaxes(autorange="reversed", **_ticks(rows, down_names, every=max(1, -(-16 // int(tall)))))
     fig.update_xaxes(tickangle=0 if longest <= 4 else -90)
     fig.update_yaxes(title=row_title, title_standoff=8, row=(down + 1) // 2, col=1)
+    scale = max(60, min(160, height))  # pixels
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if middle is None:
         low = 0.0
@@ -115,8 +120,9 @@ def heat_panels(
             "cmin": low,
             "cmax": high if high > low else low + 1,
             "colorbar": {
-                "thickness": 12, "len": max(60, min(160, height)), "lenmode": "pixels", "y": 1, "yanchor": "top",
-                "x": 1, "xpad": 14, "outlinewidth": 0, "tickformat": ".0%" if percent else ".2f", "nticks": 6, "tickfont_size": 11,
+                "thickness": 12, "len": scale, "lenmode": "pixels", "y": 1, "yanchor": "top",
+                "x": 1, "xpad": 14, "outlinewidth": 0, "tickformat": ".0%" if percent else ".2f", "nticks": min(6, round(scale / 20)),
+                "tickfont_size": 11,
             },
         }
     )  # fmt: skip

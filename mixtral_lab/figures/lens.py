@@ -136,8 +136,7 @@ def attribution(
     return framed(
         fig,
         f"Who said {_quoted(token)}{' after ' + _quoted(before) if before else ''}? {maker(model, dtype)}",
-        f"Each part's direct effect on the token's logit less {other}; all together {total:+.2f}. Grey: attention. "
-        "Size of the final stream held fixed.",
+        f"Direct effect on the token's logit less {other}; all together {total:+.2f}. Grey: attention. Final size held fixed.",
         n_experts,
         plot=round(row * (len(layers) + 1.2)),
         left=86,
