@@ -272,6 +272,12 @@ def editing(model: Transformer, *edits: Edits) -> Iterator[None]:
 
 def _listed(given: Edits) -> list[Edit]:
     if isinstance(given, Mapping):
+        for pattern, fn in given.items():
+            if not callable(fn):
+                raise EditError(
+                    f"The edit of {pattern} is {fn!r}: give a function from the site's value to what shall stand in its place, "
+                    "such as lambda x: 0.5 * x."
+                )
         return [Edit(pattern, lambda value, at, fn=fn: fn(value)) for pattern, fn in given.items()]  # type: ignore[misc]
     found = [given] if isinstance(given, Edit) else list(given)
     if not all(isinstance(edit, Edit) for edit in found):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -91,6 +91,12 @@ def check_ids(config: Config, ids: Tensor) -> None:
         wrong = low if low < 0 else high
         raise PromptError(f"Token id {wrong} does not exist: this model's ids are 0 to {config.vocab - 1}.")
     check_length(config, ids.shape[1])
+
+
+def check_new(max_new_tokens: Any) -> None:
+    """Raise `PromptError` unless this is a number of tokens."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, SupportsIndex) or int(max_new_tokens) < 0:
+        raise PromptError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, 0 or above.")
 
 
 def check_length(config: Config, seq: int) -> None:
@@ -233,12 +239,14 @@ def generate_ids(
 
     Prompts may differ in length: shorter ones are padded on the left, which changes nothing they compute. A
     prompt is done after one of `stop_ids` (which is yielded), after `max_new_tokens`, or when a model
-    without a window reaches its context. Raises `PromptError` for an empty prompt and for ids out of range.
+    without a window reaches its context. Raises `PromptError` for an empty prompt, for ids out of range, and for a
+    `max_new_tokens` below 0.
     """
     sampling = sampling or Sampling()
     config = model.config
     if not prompts or not all(prompts):
         raise PromptError("The prompt is empty: it must hold at least one token.")
+    check_new(max_new_tokens)
     longest = max(map(len, prompts))
     for prompt in prompts:
         check_ids(config, torch.tensor([list(prompt)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -21,6 +21,7 @@ from mixtral_lab.generate import (
     Sampling,
     check_ids,
     check_length,
+    check_new,
     compile_decode,
     decode,
     generate_ids,
@@ -105,7 +106,13 @@ class Lab:
 
         Raises `PromptError` for ids of another shape or kind, out of the vocabulary, or too many.
         """
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PromptError(
+                f"Token ids must be whole numbers of shape (batch, seq), but these are {ids!r}. Of a text: "
+                "torch.tensor([lab.tokenizer.encode(text)])."
+            ) from error
         check_ids(self.config, ids)
         return self.model(ids.to(self.device))
 
@@ -136,7 +143,7 @@ class Lab:
         Ends at the model's end token, before the first of the `stop` strings, or after `max_new_tokens`.
         `temperature=0` is greedy and always the same; otherwise `seed` makes a draw repeatable.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _texts(prompt)
         ids = [self._read(text) for text in prompts]
         sampling = Sampling(temperature, top_p, top_k, seed)
         texts = ["".join(pieces) for pieces in zip(*self._write(ids, max_new_tokens, sampling, stop), strict=True)]
@@ -205,7 +212,7 @@ class Lab:
         `dtype` is what numbers are kept in (as computed, if not given). Several texts give several traces.
         """
         if not isinstance(text, str):
-            return [self.trace(one, max_new_tokens, sites, positions, dtype) for one in text]
+            return [self.trace(one, max_new_tokens, sites, positions, dtype) for one in _texts(text)]
         return self.trace_ids(self._read(text), max_new_tokens, sites, positions, dtype)
 
     def trace_ids(
@@ -219,6 +226,7 @@ class Lab:
         """The same for token ids, such as those of `tokenizer.chat(messages)`."""
         ids, config = list(ids), self.config
         check_ids(config, torch.tensor([ids]))
+        check_new(max_new_tokens)
         check_length(config, len(ids) + max_new_tokens)
         names = resolve(self.config, sites)
         at = _positions(positions, len(ids) + max_new_tokens)
@@ -291,6 +299,15 @@ class Lab:
             if all(writer.done for writer in writers):
                 break
         yield [writer.flush() for writer in writers]
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    """One text or several as several; `PromptError` for anything else."""
+    texts = [given] if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else list(given)
+    for text in texts:
+        if not isinstance(text, str):
+            raise PromptError(f"A prompt is a text (str), or several in a list; this is {text!r}.")
+    return texts
 
 
 def _positions(asked: Sequence[int] | None, seq: int) -> Tensor | None:

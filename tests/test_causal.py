@@ -104,6 +104,8 @@ def test_questions_are_texts_and_what_follows():
         questions(lab, ["a", "b"], "c")
     with pytest.raises(AnalysisError, match="0 texts"):
         questions(lab, [])
+    with pytest.raises(AnalysisError, match="A text is empty"):
+        questions(lab, ["ab", ""])
 
 
 @given(st.integers(0, 99), st.text("abcdefg", min_size=1, max_size=6), st.text("abc", min_size=1, max_size=3))

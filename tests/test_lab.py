@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -219,6 +221,44 @@ def test_an_empty_prompt_is_named(lab):
     for call in (lab.trace, lab.generate, lambda text: list(lab.stream(text))):
         with pytest.raises(PromptError, match="prompt is empty"):
             call("")
+
+
+SLIPS = """
+import mixtral_lab
+from mixtral_lab.config import LabError
+from mixtral_lab.widgets import RouterExplorer
+
+lab = mixtral_lab.load()
+for slip in (
+    lambda: lab.generate(123),
+    lambda: lab.generate(["a", None]),
+    lambda: lab.trace(None),
+    lambda: lab.trace(b"a"),
+    lambda: lab.generate("a", max_new_tokens=2.5),
+    lambda: lab.generate("a", max_new_tokens=-1),
+    lambda: lab.trace("a", max_new_tokens=-1),
+    lambda: lab.logits("a"),
+    lambda: lab.edit({"layers.2.residual.after": 0.5}).__enter__(),
+    lambda: RouterExplorer("hello"),
+):
+    try:
+        slip()
+    except LabError as error:
+        print(error)
+"""
+
+
+def test_slips_are_told_in_a_sentence():
+    """In a process of its own, where no annotation is checked before the package sees what it was given."""
+    done = subprocess.run([sys.executable, "-c", SLIPS], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    wanted = [
+        "this is 123", "this is None", "this is None", "this is b'a'", "whole number, 0 or above", "max_new_tokens is -1",
+        "max_new_tokens is -1", "tokenizer.encode(text)", "lambda x: 0.5 * x", "shows a Trace",
+    ]  # fmt: skip
+    assert len(said) == len(wanted)
+    for sentence, words in zip(said, wanted, strict=True):
+        assert words in sentence
 
 
 def test_too_long_for_the_context(lab):

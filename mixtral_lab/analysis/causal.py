@@ -49,13 +49,17 @@ class Question(NamedTuple):
 def questions(lab: Lab, texts: str | Sequence[str], targets: str | Sequence[str] | None = None) -> list[Question]:
     """Texts, each with the words that shall follow it, as token ids.
 
-    Raises `AnalysisError` if there is no text, not one target per text, or if a target would melt into its text's last
-    token, so that it cannot be told apart.
+    Raises `AnalysisError` if there is no text, an empty one without a target, not one target per text, or if a target would
+    melt into its text's last token, so that it cannot be told apart.
     """
     several = [texts] if isinstance(texts, str) else list(texts)
     wanted = [targets] if isinstance(targets, str) else list(targets or [""] * len(several))
     if not several or len(several) != len(wanted):
         raise AnalysisError(f"There are {len(several)} texts and {len(wanted)} targets: give each text its own.")
+    if any(not text and not target for text, target in zip(several, wanted, strict=True)):
+        raise AnalysisError(
+            "A text is empty and has no target: nothing in it has a loss. Write at least one character."
+        )
     return [_question(lab, text, target) for text, target in zip(several, wanted, strict=True)]
 
 

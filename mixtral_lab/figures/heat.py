@@ -121,8 +121,8 @@ def heat_panels(
             "cmax": high if high > low else low + 1,
             "colorbar": {
                 "thickness": 12, "len": scale, "lenmode": "pixels", "y": 1, "yanchor": "top",
-                "x": 1, "xpad": 14, "outlinewidth": 0, "tickformat": ".0%" if percent else ".2f", "nticks": min(6, round(scale / 20)),
-                "tickfont_size": 11,
+                "x": 1, "xpad": 14, "outlinewidth": 0, "tickformat": ".0%" if percent else ".2f",
+                "nticks": min(6, round(scale / 20)), "tickfont_size": 11,
             },
         }
     )  # fmt: skip

@@ -73,6 +73,9 @@ class RouterExplorer(LabWidget, script="router_explorer.js"):
         if len(names) != 2:
             raise WidgetError(f"names are {list(names)}: give two, for the first trace and the other.")
         self._traces = (trace,) if other is None else (trace, other)
+        for one in self._traces:
+            if not isinstance(one, Trace):
+                raise WidgetError(f"RouterExplorer shows a Trace, such as lab.trace(text) gives; this is {one!r}.")
         self._names = (str(names[0]), str(names[1]))
         if other is not None and other.n_layers != trace.n_layers:
             raise WidgetError(
