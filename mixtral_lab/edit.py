@@ -74,6 +74,8 @@ def ablate(layer: int | None, expert: int, how: str = "renormalise") -> Edit:
         raise EditError(f"how is {how!r}: it must be 'zero', 'renormalise' or 'next_best'.")
 
     def forget(logits: Tensor, at: At) -> Tensor:
+        if logits.shape[-1] == 1:
+            raise EditError(f"{at.site} is of one expert alone: there is no next best one. Use how='zero'.")
         return logits.index_fill(-1, torch.tensor([expert], device=logits.device), float("-inf"))
 
     def take_away(weights: Tensor, at: At) -> Tensor:
@@ -212,6 +214,10 @@ class Replay(list[Edit]):
             for layer in range(trace.n_layers)
         )
 
+    def begin(self) -> None:
+        """Forget what an earlier run chose."""
+        self._own.clear()
+
     @property
     def own(self) -> Int[Tensor, "layer seq choice"]:
         """What the model itself would have chosen, given the forced choices before. Raises `EditError` before a run."""
@@ -255,6 +261,9 @@ def replay(trace: Trace) -> Replay:
 def editing(model: Transformer, *edits: Edits) -> Iterator[None]:
     """While open, the edits take effect. Raises `EditError` for one that cannot, and at the end for one that did not."""
     config, table, clock = model.config, all_sites(model.config), Clock()
+    for given in edits:
+        if isinstance(given, Replay):
+            given.begin()
     asked = [edit for given in edits for edit in _listed(given)]
     with ExitStack() as hooks:
         tick = model.register_forward_pre_hook(clock.tick, with_kwargs=True)

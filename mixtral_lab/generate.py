@@ -46,8 +46,14 @@ class Sampling:
             raise PromptError(f"temperature is {self.temperature}: it must be 0 (greedy) or above.")
         if not 0 < self.top_p <= 1:
             raise PromptError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
-        if self.top_k is not None and self.top_k < 1:
-            raise PromptError(f"top_k is {self.top_k}: it must be at least 1, or None for all tokens.")
+        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
+            raise PromptError(
+                f"top_k is {self.top_k}: it must be a whole number of at least 1, or None for all tokens."
+            )
+        if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise PromptError(
+                f"seed is {self.seed}: it must be a whole number of 64 bits, or None for another draw each time."
+            )
 
 
 def probabilities(logits: Float[Tensor, "batch vocab"], sampling: Sampling) -> Float[Tensor, "batch vocab"]:
@@ -71,10 +77,14 @@ def probabilities(logits: Float[Tensor, "batch vocab"], sampling: Sampling) -> F
 def pick(
     logits: Float[Tensor, "batch vocab"], sampling: Sampling, generators: Sequence[torch.Generator]
 ) -> Int[Tensor, " batch"]:
-    """Draw one token for every row."""
+    """Draw one token for every row. Raises `PromptError` where the scores are no numbers."""
     if sampling.temperature < COLDEST:
         return logits.argmax(-1)
     p = probabilities(logits, sampling)
+    if p.isnan().any():
+        raise PromptError(
+            "The model's scores are not numbers (NaN), so no token can be drawn: an edit or a weight made them so."
+        )
     return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
 
 
@@ -93,9 +103,13 @@ def check_ids(config: Config, ids: Tensor) -> None:
     check_length(config, ids.shape[1])
 
 
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, SupportsIndex) and not isinstance(number, bool)
+
+
 def check_new(max_new_tokens: Any) -> None:
     """Raise `PromptError` unless this is a number of tokens."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, SupportsIndex) or int(max_new_tokens) < 0:
+    if not _is_whole(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(f"max_new_tokens is {max_new_tokens!r}: it must be a whole number, 0 or above.")
 
 
@@ -200,6 +214,7 @@ def compile_decode(model: Transformer) -> Decode:
                 torch._dynamo.mark_static_address(ring, guard=False)
         if on_gpu:
             torch.compiler.cudagraph_mark_step_begin()
+        cache[0].check_room(1)
         logits = compiled(ids, torch.tensor(cache[0].seen, device=ids.device), *rings)
         for one in cache:
             one.seen += 1
@@ -250,9 +265,10 @@ def generate_ids(
     longest = max(map(len, prompts))
     for prompt in prompts:
         check_ids(config, torch.tensor([list(prompt)]))
+    room = [max_new_tokens] * len(prompts)
     if config.window is None:
-        max_new_tokens = min(max_new_tokens, config.context - longest + 1)
-    if max_new_tokens < 1:
+        room = [min(max_new_tokens, config.context - len(prompt) + 1) for prompt in prompts]
+    if max(room) < 1:
         return
 
     device = model.embed.weight.device
@@ -264,14 +280,16 @@ def generate_ids(
     for b, generator in enumerate(generators):
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed + b)
 
-    cache = model.new_cache(len(prompts), longest + max_new_tokens - 1)
+    cache = model.new_cache(len(prompts), longest + max(room) - 1)
     done = [False] * len(prompts)
     logits = prefill(model, ids, cache, padding, chunk)
-    for step in range(max_new_tokens):
+    for step in range(max(room)):
         new = pick(logits, sampling, generators)
         picked = new.tolist()
         yield [None if ended else token for ended, token in zip(done, picked, strict=True)]
-        done = [ended or token in stop_ids for ended, token in zip(done, picked, strict=True)]
-        if all(done) or step + 1 == max_new_tokens:
+        done = [
+            ended or token in stop_ids or step + 1 == own for ended, token, own in zip(done, picked, room, strict=True)
+        ]
+        if all(done):
             return
         logits = decode(model, new, cache, padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -114,7 +115,7 @@ class Lab:
                 "torch.tensor([lab.tokenizer.encode(text)])."
             ) from error
         check_ids(self.config, ids)
-        return self.model(ids.to(self.device))
+        return self.model(ids.to(self.device, torch.long))
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -249,7 +250,7 @@ class Lab:
             dtype=self.dtype,
             n_layers=config.n_layers,
             n_experts=config.n_experts,
-            window=config.window,
+            window=self.model.window,
             recorded=recorder.values(),
             positions=at,
         )
@@ -314,11 +315,13 @@ def _positions(asked: Sequence[int] | None, seq: int) -> Tensor | None:
     """Positions as a sorted tensor; negative ones count from the end of what is read and written."""
     if asked is None:
         return None
+    try:
+        asked = [operator.index(p) for p in asked]
+    except TypeError:
+        raise PromptError(f"positions are {asked!r}: give whole numbers in a list, such as [0, -1].") from None
     wrong = [p for p in asked if not -seq <= p < seq]
     if wrong or not asked:
-        raise PromptError(
-            f"positions are {list(asked)}: they must name at least one of the {seq} tokens, 0 to {seq - 1}."
-        )
+        raise PromptError(f"positions are {asked}: they must name at least one of the {seq} tokens, 0 to {seq - 1}.")
     return torch.tensor(sorted({p % seq for p in asked}))
 
 
@@ -328,7 +331,7 @@ class Writer:
     def __init__(self, text: TextStream, stops: list[str]) -> None:
         self._text, self._stops = text, stops
         self._held = ""
-        self.done = False
+        self.done = self._stopped = False  # nothing more comes; because of a stop string
 
     def feed(self, token: int | None) -> str:
         if self.done or token is None:
@@ -338,7 +341,7 @@ class Writer:
 
     def flush(self) -> str:
         """What was held back, now that nothing follows it."""
-        if self.done and not self._held:
+        if self._stopped:
             return ""
         out = self._release(self._text.flush()) + self._held
         self._held = ""
@@ -348,7 +351,8 @@ class Writer:
         text = self._held + new
         ends = [text.find(stop) for stop in self._stops if stop in text]
         if ends:
-            self.done, self._held = True, ""
+            self.done = self._stopped = True
+            self._held = ""
             return text[: min(ends)]
         keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]

@@ -67,15 +67,21 @@ def describe(
         return Machine(memory, bandwidth, link)
     try:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        rooflines = Rooflines(where)
+        torch.empty(0, device=where)  # is it there?
+        free = free_memory(where) if memory is None else memory  # before anything is measured with memory of its own
+        measured = bandwidth is None or (link is None and where.type == "cuda")
+        rooflines = Rooflines(where) if measured else None
     except (RuntimeError, AssertionError) as error:
         raise MachineError(
             f"There is no device {device} here ({str(error).splitlines()[0]}); give memory and bandwidth."
         ) from None
-    free = memory or free_memory(where)
     if free is None:
         raise MachineError(f"How much memory {device} has free is not known here: give it.")
-    return Machine(float(free), bandwidth or rooflines.bandwidth(), link or rooflines.link())
+    if rooflines is not None:
+        bandwidth = rooflines.bandwidth() if bandwidth is None else bandwidth
+        link = rooflines.link() if link is None else link
+    assert bandwidth is not None
+    return Machine(float(free), bandwidth, link)
 
 
 def what_fits(config: Config, machine: Machine, length: int) -> pd.DataFrame:

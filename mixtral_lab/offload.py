@@ -66,10 +66,11 @@ class Shelf:
         self.counts["ahead"] += len(found.staged)
         self.counts["loads"] += len(found.missing)
         coming, self._coming = self._coming, {}
-        for expert in (*found.staged, *found.missing, *others):
-            if expert not in self.copies:
-                self._lend(expert, coming[expert].result() if expert in coming else self._copy(expert))
         try:
+            # Also those that count as resident: a copy that was interrupted is not there.
+            for expert in (*found.resident, *found.staged, *found.missing, *others):
+                if expert not in self.copies:
+                    self._lend(expert, coming[expert].result() if expert in coming else self._copy(expert))
             yield
         finally:
             for expert in self.copies.keys() - set(self.cache.resident):

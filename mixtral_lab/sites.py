@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ def recording(
 
     `positions` are those to keep, counted from the start of the text; `dtype` is what numbers are kept in.
     What was computed on a GPU moves to the CPU at once. On a CPU, references are kept and nothing is copied.
-    Raises `SiteError` for a name that the model does not have.
+    Raises `SiteError` for a name that the model does not have, and at the end if several threads used the model meanwhile.
     """
     config = model.config
     recorder = Recorder(config, resolve(config, names))
@@ -232,7 +233,7 @@ def recording(
             value = F.pad(value, (clock.end - value.shape[-1], 0), value=_unseen(name))
             if name.endswith("scores"):
                 queries, keys = torch.arange(clock.start, clock.end), torch.arange(clock.end)
-                hidden = ~visible(queries[None], keys[None], config.window)
+                hidden = ~visible(queries[None], keys[None], model.window)
                 value = value.masked_fill(hidden.to(value.device), _unseen(name))
         if positions is not None:
             here = positions[(positions >= clock.start) & (positions < clock.end)] - clock.start
@@ -249,6 +250,11 @@ def recording(
         hooks.append(model.get_submodule(name).register_forward_hook(hook(name)))
     try:
         yield recorder
+        if len(clock.threads) > 1:
+            raise SiteError(
+                "Several threads used this model while its values were recorded, so the record holds those of all of them: "
+                "let one thread at a time use a lab, or load it once for each."
+            )
     finally:
         for one in hooks:
             one.remove()
@@ -260,9 +266,11 @@ class Clock:
     def __init__(self) -> None:
         self.start = self.end = 0
         self.padded = False
+        self.threads: set[int] = set()  # that fed something
 
     def tick(self, _model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """`forward`'s arguments, before it runs."""
+        self.threads.add(threading.get_ident())
         ids = args[0] if args else kwargs["ids"]
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self.start = cache[0].seen if cache else 0

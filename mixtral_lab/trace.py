@@ -82,6 +82,8 @@ class Trace:
             )
         experts = experts.long()
         layers, seq, choices = experts.shape
+        if weights is not None:
+            weights = torch.as_tensor(weights)
         if logits is not None:
             logits = torch.as_tensor(logits)
             n_experts = n_experts or logits.shape[-1]
@@ -99,6 +101,8 @@ class Trace:
         ):
             if given is not None and found != expected:
                 raise TraceError(f"{what} have shape {found}, but experts {tuple(experts.shape)} need {expected}.")
+        if n_prompt is not None and not 0 <= n_prompt <= seq:
+            raise TraceError(f"n_prompt is {n_prompt}, but there are {seq} tokens: it must be 0 to {seq}.")
         recorded = {f"layers.{layer}.router.experts": experts[layer] for layer in range(layers)}
         for name, values in (("weights", weights), ("logits", logits)):
             if values is not None:
@@ -317,12 +321,17 @@ class Trace:
                 _read_header(path)
             except TraceError:
                 raise TraceError(f"{path} exists and is not a trace; it was left alone. Choose another name.") from None
-        tensors = {"ids": self.ids.to(torch.int32)}
+        if not path.parent.is_dir():
+            raise TraceError(f"There is no folder {path.parent} to write {path.name} into: make it first.")
+        tensors, places = {"ids": self.ids.to(torch.int32)}, set[int]()
         if self.positions is not None:
             tensors["positions"] = self.positions.to(torch.int32)
         for name, value in self.recorded.items():
             small = name.endswith("router.experts") and (self.n_experts or 0) <= 256
-            tensors[name] = (value.to(torch.uint8) if small else value).contiguous()
+            kept = (value.to(torch.uint8) if small else value).contiguous()
+            # One value may stand at two sites (a layer's end is the next one's beginning); a file has room for each.
+            tensors[name] = kept.clone() if kept.untyped_storage().data_ptr() in places else kept
+            places.add(tensors[name].untyped_storage().data_ptr())
         about = {
             "n_prompt": self.n_prompt, "model": self.model, "dtype": self.dtype, "n_layers": self.n_layers,
             "n_experts": self.n_experts, "window": self.window,
@@ -340,14 +349,19 @@ class Trace:
         header = _read_header(path)
         with safe_open(path, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        ids, positions = stored.pop("ids").long(), stored.pop("positions", None)
-        return cls(
-            ids=ids,
-            tokens=tuple(json.loads(header["tokens"])),
-            **json.loads(header["about"]),
-            recorded={name: v.long() if name.endswith("router.experts") else v for name, v in stored.items()},
-            positions=None if positions is None else positions.long(),
-        )
+        try:
+            ids, positions = stored.pop("ids").long(), stored.pop("positions", None)
+            return cls(
+                ids=ids,
+                tokens=tuple(json.loads(header["tokens"])),
+                **json.loads(header["about"]),
+                recorded={name: v.long() if name.endswith("router.experts") else v for name, v in stored.items()},
+                positions=None if positions is None else positions.long(),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TraceError(
+                f"{path} says that it is a trace, but is not whole ({type(error).__name__}: {error})."
+            ) from None
 
 
 def _without_layer(site: str) -> str:

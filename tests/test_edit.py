@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_model import random_model
@@ -276,3 +278,17 @@ def test_generation_under_an_edit_is_one_run_under_it(lab):
         written = lab.trace(TEXT, 8, "logits")
         whole = lab.trace_ids(written.ids.tolist(), 0, "logits")
     torch.testing.assert_close(written["logits"], whole["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_replay_knows_the_last_run_alone(lab, plain):
+    again = replay(plain)
+    for _ in range(2):
+        with lab.edit(again):
+            lab.logits(plain.ids[None])
+        assert again.own.shape == plain.experts.shape
+
+
+def test_nothing_is_next_best_to_the_only_expert():
+    model = random_model(replace(mixtral(), n_experts=1, n_choices=1))
+    with pytest.raises(EditError, match="one expert alone"), editing(model, ablate(0, 0, "next_best")):
+        model(torch.arange(5)[None])

@@ -11,7 +11,8 @@ import torch
 
 import mixtral_lab
 from mixtral_lab.checkpoint import CheckpointError
-from mixtral_lab.generate import PromptError
+from mixtral_lab.config import LabError
+from mixtral_lab.generate import PromptError, Sampling, generate_ids
 from mixtral_lab.lab import Lab, Writer
 from mixtral_lab.model import Transformer
 from mixtral_lab.tokenizer import TextStream, TokenizerError
@@ -224,11 +225,18 @@ def test_an_empty_prompt_is_named(lab):
 
 
 SLIPS = """
+import numpy as np
+import torch
+
 import mixtral_lab
 from mixtral_lab.config import LabError
 from mixtral_lab.widgets import RouterExplorer
 
 lab = mixtral_lab.load()
+for two in (torch.tensor([0, -1]), np.array([0, -1])):
+    assert lab.trace("Once", positions=two).positions.tolist() == [0, len(lab.tokenizer.encode("Once")) - 1]
+trace = mixtral_lab.Trace.from_arrays(["a", "b"], [[[0, 1], [2, 1]]], [[[0.75, 0.25], [0.5, 0.5]]])
+assert trace.weights.tolist() == [[[0.75, 0.25], [0.5, 0.5]]]
 for slip in (
     lambda: lab.generate(123),
     lambda: lab.generate(["a", None]),
@@ -240,6 +248,9 @@ for slip in (
     lambda: lab.logits("a"),
     lambda: lab.edit({"layers.2.residual.after": 0.5}).__enter__(),
     lambda: RouterExplorer("hello"),
+    lambda: lab.trace("a", positions=3),
+    lambda: lab.generate("a", 2, 1.0, seed=1.5),
+    lambda: lab.generate("a", 2, 1.0, top_k=2.5),
 ):
     try:
         slip()
@@ -255,6 +266,7 @@ def test_slips_are_told_in_a_sentence():
     wanted = [
         "this is 123", "this is None", "this is None", "this is b'a'", "whole number, 0 or above", "max_new_tokens is -1",
         "max_new_tokens is -1", "tokenizer.encode(text)", "lambda x: 0.5 * x", "shows a Trace",
+        "such as [0, -1]", "64 bits", "top_k is 2.5",
     ]  # fmt: skip
     assert len(said) == len(wanted)
     for sentence, words in zip(said, wanted, strict=True):
@@ -298,3 +310,72 @@ def test_a_model_with_more_rows_than_tokens_reads_and_writes_them_without_text(l
     assert trace.tokens == (f"<unused {n + 1}>", f"<unused {n + 2}>")
     with pytest.raises(TokenizerError, match=f"ids are 0 to {n + 2}"):
         wide.tokenizer.pieces([n + 3])
+
+
+def test_a_short_prompt_has_its_own_room_beside_a_long_one(lab):
+    """The context is counted for each text: a long neighbour takes nothing away."""
+    long = "one " * 2040
+    assert lab.generate([STORY, long], max_new_tokens=40)[0] == lab.generate(STORY, max_new_tokens=40)
+    ids = [lab.tokenizer.encode(STORY), lab.tokenizer.encode(long)]
+    assert lab.config.context - len(ids[1]) < 8
+    steps = list(generate_ids(lab.model, ids, 9))
+    assert [sum(step[row] is not None for step in steps) for row in (0, 1)] == [9, lab.config.context - len(ids[1]) + 1]
+
+
+def test_a_text_that_ends_amid_a_character_ends_alike_in_a_batch(lab):
+    def ends(*tokens):
+        writer = Writer(TextStream(lab.tokenizer, continues=True), [])
+        return "".join(map(writer.feed, tokens)) + writer.flush()
+
+    first = next(i for i in range(lab.tokenizer.vocab) if TextStream(lab.tokenizer).feed(i) == "" and i > 10)
+    assert ends(first) == ends(first, None) == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_whole_kind(lab, kind):
+    ids = torch.arange(20, 40)
+    assert torch.equal(lab.logits(ids[None].to(kind)), lab.logits(ids[None]))
+
+
+def test_a_seed_has_64_bits():
+    with pytest.raises(PromptError, match="64 bits"):
+        Sampling(1.0, seed=2**64)
+
+
+def test_scores_that_are_no_numbers(lab):
+    with pytest.raises(PromptError, match="NaN"), lab.edit({"layers.2.residual.after": lambda x: x * float("nan")}):
+        lab.generate(STORY, max_new_tokens=2, temperature=1.0)
+
+
+def test_a_window_that_is_set_holds_on_every_way():
+    """Lesson 04 sets it: whole passes, tokens one by one, batches that need a mask, and patterns see the same keys."""
+    lab = mixtral_lab.load("mini-mistral", device="cpu", dtype="float32")
+    for block in lab.model.blocks:
+        block.attention.window = 3
+    ids = torch.tensor([lab.tokenizer.encode(STORY)])
+    whole = lab.logits(ids)
+    cache = lab.model.new_cache(1, ids.shape[1])
+    assert cache[0].ring == 3
+    with torch.no_grad():
+        apart = torch.cat([lab.model(one, cache) for one in ids.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(apart, whole, atol=1e-4, rtol=1e-4)
+    trace = lab.trace(STORY, sites=["layers.*.attention.pattern", "layers.*.attention.scores", "logits"])
+    assert trace.window == 3 and (trace["layers.5.attention.pattern"] > 0).sum(-1).max() == 3
+    torch.testing.assert_close(trace["logits"], whole[0], atol=1e-4, rtol=1e-4)
+    some = lab.trace(STORY, sites=["layers.*.attention.pattern", "logits"], positions=[-1])
+    torch.testing.assert_close(some["logits"], whole[0, -1:], atol=1e-4, rtol=1e-4)
+    assert lab.generate([STORY, "The"], max_new_tokens=8)[0] == lab.generate(STORY, max_new_tokens=8)
+    lab.model.blocks[0].attention.window = 5
+    with pytest.raises(LabError, match="alike in all of them"):
+        lab.generate(STORY)
+
+
+def test_more_than_a_cache_was_made_for(lab):
+    cache = lab.model.new_cache(1, 4)
+    with torch.no_grad():
+        for token in range(4):
+            lab.model(torch.tensor([[20 + token]]), cache)
+        with pytest.raises(LabError, match="made for 4 tokens, and 5 were to be fed"):
+            lab.model(torch.tensor([[30]]), cache)
+        with pytest.raises(LabError, match="made for 4 tokens, and 6 were to be fed"):
+            lab.model(torch.tensor([[30, 31]]), cache)

@@ -93,6 +93,7 @@ def test_a_machine_is_described_or_measured():
         (lambda: Machine(1.0, float("nan")), "bandwidth is nan"),
         (lambda: Machine(1.0, 1.0, -1.0), "link is -1"),
         (lambda: describe(None, 1e9), "give both the memory and its bandwidth"),
+        (lambda: describe("cpu", memory=0.0, bandwidth=1e9), "memory is 0"),
         (lambda: describe("xpu:9"), "There is no device xpu:9 here"),
         (lambda: describe("nonsense"), "There is no device nonsense here"),
         (lambda: what_fits(BIG, Machine(1.0, 1.0), 0), "length is 0 tokens"),

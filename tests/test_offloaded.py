@@ -238,3 +238,25 @@ def test_more_that_is_refused(whole):
         whole.expert_loads()
     with pytest.raises(OffloadError, match="cannot be compiled"):
         away().compile()
+
+
+@pytest.mark.parametrize("how", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float32", "quantize": "int8"}])
+def test_a_copy_that_is_interrupted_is_made_the_next_time(how):
+    lab = load(experts="offload", resident=2, **how)
+    right = lab.generate(PROMPT, max_new_tokens=12)
+    lab = load(experts="offload", resident=2, **how)
+    shelf = lab.model.layers[3].experts.shelf
+    copy, calls = shelf._copy, []
+
+    def interrupted(expert):
+        calls.append(expert)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return copy(expert)
+
+    shelf._copy = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        lab.generate(PROMPT, max_new_tokens=12)
+    shelf._copy = copy
+    assert lab.generate(PROMPT, max_new_tokens=12) == right
+    assert set(shelf.copies) == set(shelf.cache.resident)

@@ -10,12 +10,14 @@ from test_model import random_model
 from test_parity import configs, mixtral
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
 
 from mixtral_lab.generate import decode, prefill
 from mixtral_lab.model.attention import FixedCache
 from mixtral_lab.model.linear import onednn_works, packing_works
 from mixtral_lab.model.moe import grouped_works
 from mixtral_lab.model.rope import AHEAD, rotate, rotation, turn_at
+from mixtral_lab.model.site import Site
 from mixtral_lab.model.transformer import RMSNorm, Transformer
 
 pytestmark = pytest.mark.usefixtures("processor")
@@ -224,3 +226,72 @@ def test_an_id_beyond_the_vocabulary_is_no_other_token():
     for wrong in (-1, model.config.vocab):
         with pytest.raises((IndexError, RuntimeError)):
             decode(model, torch.tensor([wrong]), model.new_cache(1, 4))
+
+
+def test_under_autocast_a_token_is_not_alone():
+    model = random_model(mixtral(window=6))
+    cache = model.new_cache(1, 8)
+    prefill(model, torch.arange(1, 6)[None], cache)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not model.alone(torch.tensor([[1]]), cache)
+        assert decode(model, torch.tensor([1]), cache).isfinite().all()
+
+
+def test_a_hook_on_a_part_that_is_put_back_sees_every_token():
+    model, seen = random_model(mixtral(window=6)), []
+    own, other = model.layers[1].experts, random_model(mixtral(window=6)).layers[1].experts
+    own.register_forward_hook(lambda *_: seen.append(1))
+    model.layers[1].experts = other
+    written(model, 3)
+    assert not seen
+    model.layers[1].experts = own
+    cache = model.new_cache(1, 8)
+    prefill(model, torch.arange(1, 4)[None], cache)
+    for _ in range(4):
+        decode(model, torch.tensor([1]), cache)
+    assert len(seen) == 5
+
+
+def test_a_model_with_fewer_layers_writes():
+    model = random_model(mixtral(window=6))
+    before = written(model)
+    del model.layers[0]
+    assert not torch.allclose(written(model), before)
+    torch.testing.assert_close(written(model), written(model, general=True), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["a forward of its own", "a kind of its own"])
+@pytest.mark.parametrize(
+    "name", ["residual.after", "router.experts", "attention.pattern", "attention.heads.out", "experts.out"]
+)
+def test_a_site_that_does_something_is_asked(name, how):
+    """As a forward hook is, in the prompt and in every written token."""
+    model, met = random_model(mixtral(window=6)), []
+    place, _, last = f"layers.1.{name}".rpartition(".")
+
+    def forward(value, *known):
+        met.append(value.shape)
+        return value
+
+    if how == "a forward of its own":
+        model.get_submodule(f"layers.1.{name}").forward = forward
+    else:
+        setattr(
+            model.get_submodule(place), last, type("Mine", (Site,), {"forward": lambda _, *given: forward(*given)})()
+        )
+    written_anyhow(model)
+    assert len(met) > 3
+
+
+@pytest.mark.parametrize("role", ["gate", "up", "down"])
+def test_weights_that_are_made_anew_at_every_call(role):
+    """`torch.nn.utils.prune` takes the parameter away and sets an attribute of its name before each call."""
+    model = random_model(mixtral(window=6))
+    before = written_anyhow(model)
+    for expert in model.layers[0].experts.ffn:
+        prune.l1_unstructured(getattr(expert, role), "weight", amount=0.5)
+    pruned = written_anyhow(model)
+    assert not torch.allclose(pruned, before)
+    for expert in model.layers[0].experts.ffn:
+        prune.remove(getattr(expert, role), "weight")
+    torch.testing.assert_close(written_anyhow(model), pruned, atol=1e-4, rtol=1e-4)

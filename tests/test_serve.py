@@ -222,7 +222,7 @@ def test_a_text_goes_on_as_in_lab_generate(url, lab, prompt):
 
 
 def test_several_prompts_and_several_answers(url, lab):
-    found = complete(url, prompt=PROMPTS[:3], n=2, max_tokens=8)
+    found = complete(url, prompt=promptS[:3], n=2, max_tokens=8)
     said = [lab.generate(prompt, max_new_tokens=8) for prompt in PROMPTS[:3] for _ in range(2)]
     assert [choice["text"] for choice in found["choices"]] == said
     assert [choice["index"] for choice in found["choices"]] == list(range(6))
@@ -233,13 +233,13 @@ def test_several_prompts_and_several_answers(url, lab):
 
 def test_a_seed_repeats_a_draw_and_each_answer_has_its_own(url, lab):
     drawn = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_tokens": 12}
-    found = complete(url, prompt=PROMPTS[0], n=3, seed=7, **drawn)
+    found = complete(url, prompt=promptS[0], n=3, seed=7, **drawn)
     texts = [choice["text"] for choice in found["choices"]]
     alone = [lab.generate(PROMPTS[0], 12, 0.9, 0.95, seed=7 + i, top_k=50) for i in range(3)]
     assert texts == alone and len(set(texts)) == 3
-    assert complete(url, prompt=PROMPTS[0], random_seed=8, **drawn)["choices"][0]["text"] == texts[1]
-    assert {complete(url, prompt=PROMPTS[0], **drawn)["choices"][0]["text"] for _ in range(4)} != {texts[0]}
-    events = [json.loads(event) for event in stream(url, "completions", prompt=PROMPTS[0], n=3, seed=7, **drawn)[:-1]]
+    assert complete(url, prompt=promptS[0], random_seed=8, **drawn)["choices"][0]["text"] == texts[1]
+    assert {complete(url, prompt=promptS[0], **drawn)["choices"][0]["text"] for _ in range(4)} != {texts[0]}
+    events = [json.loads(event) for event in stream(url, "completions", prompt=promptS[0], n=3, seed=7, **drawn)[:-1]]
     rows = ["".join(c["text"] for e in events for c in e["choices"] if c["index"] == row) for row in range(3)]
     assert rows == texts and ["usage" in event for event in events].index(True) == len(events) - 1
 
@@ -247,7 +247,7 @@ def test_a_seed_repeats_a_draw_and_each_answer_has_its_own(url, lab):
 def test_the_coldest_draws_are_greedy(url, lab):
     said = lab.generate(PROMPTS[0], max_new_tokens=8)
     for cold in ({"temperature": 1e-320}, {"temperature": 2.0, "top_p": 1e-320}, {"temperature": 2.0, "top_k": 1}):
-        assert complete(url, prompt=PROMPTS[0], max_tokens=8, **cold)["choices"][0]["text"] == said
+        assert complete(url, prompt=promptS[0], max_tokens=8, **cold)["choices"][0]["text"] == said
 
 
 @pytest.mark.parametrize("stop", [" small", ["zebra", "ixtral", " small"], ["I am Mini, a small Mixtral model."]])
@@ -327,9 +327,9 @@ def test_the_client_of_openai(opened, lab):
     chunks = list(opened.chat.completions.create(model="gpt-4o", messages=QUESTION, stream=True))
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == said
     assert chunks[-1].usage == found.usage and found.usage.total_tokens == 20
-    text = opened.completions.create(model="m", prompt=PROMPTS[0], max_tokens=8)
+    text = opened.completions.create(model="m", prompt=promptS[0], max_tokens=8)
     assert text.choices[0].text == lab.generate(PROMPTS[0], max_new_tokens=8)
-    pieces = opened.completions.create(model="m", prompt=PROMPTS[0], max_tokens=8, stream=True)
+    pieces = opened.completions.create(model="m", prompt=promptS[0], max_tokens=8, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == text.choices[0].text
     [card] = opened.models.list()
     assert card.id == "mini-mixtral" and card == opened.models.retrieve("mini-mixtral")
@@ -734,3 +734,18 @@ def test_the_open_network_needs_a_key(lab):
         serve(lab, 0, "192.0.2.1", api_key="secret")  # with a key it tries: the address is not this machine's
     with pytest.raises(LabError, match="active is 0"):
         Limits(active=0)
+
+
+def test_streams_that_are_read_to_the_end_are_finished(lab):
+    with serving(lab) as url:
+        for _ in range(6):
+            assert stream(url, "completions", prompt="Once", max_tokens=3)[-1] == "[DONE]"
+        until(url, active=0, finished=6, left=0)
+
+
+def test_a_short_prompt_is_not_cut_short_by_a_long_one(url, lab):
+    prompt, long = "Once upon a time, there was a little", "one " * 2035
+    alone = complete(url, prompt=prompt, temperature=0)["choices"][0]
+    first, second = complete(url, prompt=[prompt, long], temperature=0)["choices"]
+    assert first["text"] == alone["text"] and first["finish_reason"] == alone["finish_reason"]
+    assert second["finish_reason"] == "length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,22 @@ def test_the_documented_table_is_the_models():
         for name, site in known.items()
         if not name.startswith("layers.1")
     }
+
+
+def test_two_threads_at_one_model_are_told(models):
+    """The hooks hang on the model that both use: each would keep what belongs to the other."""
+    model, meet, said = models["sparse"], threading.Barrier(2), []
+
+    def read():
+        with pytest.raises(SiteError, match="Several threads") as caught, recording(model):
+            meet.wait()
+            model(IDS)
+            meet.wait()
+        said.append(str(caught.value))
+
+    both = [threading.Thread(target=read) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert len(said) == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import mixtral_lab
 from mixtral_lab import Trace
@@ -19,7 +20,7 @@ from mixtral_lab.config import LabError
 from mixtral_lab.engines import EngineError
 from mixtral_lab.figures import tokens_by_expert
 from mixtral_lab.tokenizer import TokenizerError
-from mixtral_lab.trace import TraceError, frame
+from mixtral_lab.trace import FORMAT, TraceError, frame
 
 STORY = "Once upon a time, there was a little"
 
@@ -222,3 +223,25 @@ def test_a_missing_site_says_where_it_is_missing(lab):
         _ = trace["logits"]
     with pytest.raises(LabError, match=r"no 'layers\.\*\.router\.experts'"):
         _ = trace.experts
+
+
+def test_a_value_that_stands_at_two_sites_is_written_at_both(lab, tmp_path):
+    whole = lab.trace(STORY, sites="*")
+    again = Trace.load(whole.save(tmp_path / "all.safetensors"))
+    assert again.recorded.keys() == whole.recorded.keys()
+    for name, value in whole.recorded.items():
+        assert torch.equal(again.recorded[name], value), name
+    assert torch.equal(again["layers.0.residual.after"], again["layers.1.residual.before"])
+
+
+def test_files_that_are_not_whole_and_folders_that_are_not_there(real, tmp_path):
+    with pytest.raises(TraceError, match="There is no folder"):
+        real.save(tmp_path / "nowhere" / "trace.safetensors")
+    save_file({"ids": torch.arange(3)}, tmp_path / "half.safetensors", metadata={"format": FORMAT})
+    with pytest.raises(TraceError, match="not whole"):
+        Trace.load(tmp_path / "half.safetensors")
+
+
+def test_a_prompt_longer_than_the_text():
+    with pytest.raises(TraceError, match="n_prompt is 3, but there are 2 tokens"):
+        Trace.from_arrays(["a", "b"], torch.tensor([[[0, 1], [2, 1]]]), n_prompt=3)

@@ -12,11 +12,12 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mixtral_lab.config import LabError
 from mixtral_lab.model.bands import Keys, Query, attend_banded
 from mixtral_lab.model.linear import Linear, settled
 from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.rope import Rotation, rotate
-from mixtral_lab.model.site import Site
+from mixtral_lab.model.site import Site, asked
 
 Ring = Float[Tensor, "batch kv ring head_dim"]
 NewKeys = Float[Tensor, "batch kv seq head_dim"]
@@ -102,8 +103,9 @@ class RollingCache:
     Source: Mistral 7B (arXiv 2310.06825, section 2, Figure 2).
     """
 
-    def __init__(self, keys: Ring, values: Ring) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Ring, values: Ring, limit: int | None = None) -> None:
+        """`limit` is how many columns may be fed (None: any number), where the ring is shorter than what queries see."""
+        self.keys, self.values, self.limit = keys, values, limit
         self.seen = 0
 
     @property
@@ -114,6 +116,14 @@ class RollingCache:
     def filled(self) -> int:
         """How many slots hold something."""
         return min(self.seen, self.ring)
+
+    def check_room(self, new: int) -> None:
+        """Raise `LabError` if so many columns more would overwrite what is still looked at."""
+        if self.limit is not None and self.seen + new > self.limit:
+            raise LabError(
+                f"This cache was made for {self.limit} tokens, and {self.seen + new} were to be fed: make a longer one, "
+                "model.new_cache(batch, length)."
+            )
 
     def columns(self, new: int) -> Int[Tensor, " key"]:
         """The column of every key that `extend` returns in order when `new` columns are fed."""
@@ -128,6 +138,7 @@ class RollingCache:
         copy. A chunk must not overwrite yet: its first queries still see what its last keys will replace, so it looks
         at the old ring and itself side by side. Source: Mistral 7B (section 2, Figure 3: chunked pre-fill).
         """
+        self.check_room(key.shape[2])
         if key.shape[2] == 1:
             self._write(key, value)
             if in_order:
@@ -149,6 +160,7 @@ class RollingCache:
         self, key: Float[Tensor, "kv head_dim"], value: Float[Tensor, "kv head_dim"]
     ) -> tuple[Float[Tensor, "1 kv key head_dim"], Float[Tensor, "1 kv key head_dim"]]:
         """`extend` by one token of one text: the ring as it lies."""
+        self.check_room(1)
         slot = self.seen % self.ring
         self.keys.select(2, slot).copy_(key)
         self.values.select(2, slot).copy_(value)
@@ -193,7 +205,7 @@ class FixedCache(RollingCache):
     """
 
     def __init__(self, keys: Ring, values: Ring, seen: Int[Tensor, ""]) -> None:
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.limit = keys, values, None
         self.seen = seen  # type: ignore[assignment]
 
     def columns(self, new: int) -> Int[Tensor, " key"]:
@@ -246,7 +258,7 @@ class Attention(Module):
     @property
     def explicit(self) -> bool:
         """Whether scores and pattern are computed as such: by choice, or because somebody looks at them."""
-        return self.plain or self.scores.watched or self.pattern.watched
+        return self.plain or asked(self.scores) or asked(self.pattern)
 
     @property
     def ordinary(self) -> bool:
@@ -254,8 +266,9 @@ class Attention(Module):
         heads = self.heads
         return (
             not self.plain
-            and type(heads.query) is type(heads.key) is type(heads.value) is type(heads.out) is Site
-            and type(self.scores) is type(self.pattern) is Site
+            and all(as_made(site, Site) for site in (heads.query, heads.key, heads.value, heads.out))
+            and as_made(self.scores, Site)
+            and as_made(self.pattern, Site)
             and as_made(self.query, Linear)
             and as_made(self.key, Linear)
             and as_made(self.value, Linear)

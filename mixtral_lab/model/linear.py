@@ -194,7 +194,8 @@ def single(x: Tensor) -> bool:
 
     What is done with it takes less time than PyTorch needs to start an operation, so the fewest operations are the quickest.
     """
-    return x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    alone = x.is_cpu and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return alone and not torch.is_autocast_enabled("cpu")  # which would mix dtypes in what is added up in float32
 
 
 def settled(x: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ def _count() -> None:
     _times_set += 1
 
 
+def changes() -> int:
+    """How often something was set on a part, of whatever model."""
+    return _times_set
+
+
 class Module(nn.Module):
     """Keeps its parts as ordinary attributes, too, and counts whatever is set.
 

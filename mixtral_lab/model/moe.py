@@ -108,14 +108,15 @@ class Router(Module):
         logits = self.logits(self.score(x))
         best, experts = logits.topk(self.n_choices, dim=-1)
         experts = self.experts(experts, logits)
-        if self.experts.watched:  # and perhaps changed
+        if asked(self.experts):  # and perhaps changed
             best = logits.gather(-1, experts)
         return Routing(logits, experts, self.weights(share(best), logits, experts))
 
     @property
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced."""
-        return type(self.logits) is type(self.experts) is type(self.weights) is Site and as_made(self.score, Linear)
+        sites = as_made(self.logits, Site) and as_made(self.experts, Site) and as_made(self.weights, Site)
+        return sites and as_made(self.score, Linear)
 
     def row(self, x: Float[Tensor, " dim"]) -> Routing:
         """The same for one token."""
@@ -145,7 +146,7 @@ class SwiGLU(Module):
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced."""
         products = as_made(self.gate, Linear) and as_made(self.up, Linear) and as_made(self.down, Linear)
-        return products and type(self.hidden) is Site
+        return products and as_made(self.hidden, Site)
 
     def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
         """The same for one token."""
@@ -232,7 +233,8 @@ class Experts(Module):
         """Whether `row` computes what `forward` does, but for the experts themselves: nobody asked for another dispatch or
         replaced a site.
         """
-        return self.dispatch == "auto" and type(self.hidden) is type(self.out) is type(self.weighted) is Site
+        sites = as_made(self.hidden, Site) and as_made(self.out, Site) and as_made(self.weighted, Site)
+        return self.dispatch == "auto" and sites
 
     def row(self, x: Float[Tensor, " dim"], routing: Routing) -> Float[Tensor, " dim"] | None:
         """The same for one token, by its experts in turn; None if one of these is no ordinary `SwiGLU`.
@@ -329,8 +331,10 @@ def places(expert: Any) -> tuple[int, ...]:
     """
     if not as_made(expert, SwiGLU) or not expert.ordinary:
         return ()
-    gate, up, down = expert.gate._parameters, expert.up._parameters, expert.down._parameters
-    return gate["weight"].data_ptr(), up["weight"].data_ptr(), down["weight"].data_ptr()
+    weights = [part._parameters.get("weight") for part in (expert.gate, expert.up, expert.down)]
+    if any(weight is None for weight in weights):  # made anew at every call, as by torch.nn.utils.prune
+        return ()
+    return tuple(weight.data_ptr() for weight in weights)
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from mixtral_lab.model.module import Module
+from mixtral_lab.model.module import Module, as_made, changes
 
 
 class Site(Module):
@@ -22,7 +22,7 @@ class Site(Module):
 
     def __call__(self, value: Tensor, *known: Tensor) -> Any:
         """PyTorch's own call takes a microsecond; a model has hundreds of sites, and most have no hook."""
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+        if asked(self):
             return super().__call__(value, *known)
         return value
 
@@ -33,7 +33,7 @@ class Site(Module):
 
 def asked(site: nn.Module) -> bool:
     """Whether what passes a site must be shown to somebody: it is watched, or another module stands in its place."""
-    return type(site) is not Site or watched(site)
+    return not as_made(site, Site) or watched(site)
 
 
 def watched(module: nn.Module) -> bool:
@@ -44,13 +44,14 @@ def watched(module: nn.Module) -> bool:
 
 
 def free_of_hooks(module: nn.Module) -> bool:
-    """Whether nobody looks anywhere inside. Asked at every step, so it looks only if a hook was made since last time.
+    """Whether nobody looks anywhere inside. Asked at every step, so it looks only if a hook was made, or a part set, since
+    last time.
 
     PyTorch numbers the hooks that it makes, in all modules together.
     """
-    made = RemovableHandle.next_id
-    if getattr(module, "_free_of_hooks_at", None) == made:
+    made = RemovableHandle.next_id, changes()
+    if module.__dict__.get("_free_of_hooks_at") == made:
         return True
     free = not _has_any_global_hook() and not any(watched(inner) for inner in module.modules())
-    module._free_of_hooks_at = made if free else None  # type: ignore[assignment]
+    module.__dict__["_free_of_hooks_at"] = made if free else None  # set aside: it is no change
     return free

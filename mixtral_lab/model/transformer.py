@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtral_lab.config import Config
+from mixtral_lab.config import Config, LabError
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear, row, settled, single
 from mixtral_lab.model.module import Embedding, Module, ModuleList, as_made
@@ -80,7 +80,7 @@ class Block(Module):
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
         stream = self.residual
-        if not type(stream.before) is type(stream.between) is type(stream.after) is Site:
+        if not (as_made(stream.before, Site) and as_made(stream.between, Site) and as_made(stream.after, Site)):
             return False
         if not (as_made(self.attention_norm, RMSNorm) and as_made(self.ffn_norm, RMSNorm)):
             return False
@@ -164,7 +164,8 @@ class Transformer(Module):
             and single(ids)
             and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
             and type(cache[0]) is RollingCache
-            and type(self.logits) is Site
+            and len(cache) == len(self.layers)
+            and as_made(self.logits, Site)
             and as_made(self.embed, Embedding)
             and as_made(self.final_norm, RMSNorm)
             and (self.unembed is None or as_made(self.unembed, Linear))
@@ -186,6 +187,19 @@ class Transformer(Module):
         return logits.to(self.embed.weight.dtype).view(1, 1, -1)
 
     @property
+    def window(self) -> int | None:
+        """How many keys a query sees, itself included: what all layers' `attention.window` say. (None: all.)
+
+        Raises `LabError` if they differ: masks and caches are made once, for all layers.
+        """
+        found = {block.attention.window for block in self.blocks}
+        if len(found) > 1:
+            raise LabError(
+                f"The layers have windows of {sorted(map(str, found))}: set attention.window alike in all of them."
+            )
+        return found.pop() if found else self.config.window
+
+    @property
     def blocks(self) -> list[Block]:
         """The layers, by their own type."""
         return [block for block in self.layers if isinstance(block, Block)]
@@ -193,12 +207,14 @@ class Transformer(Module):
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty caches for texts of up to `length` tokens; a window keeps them smaller than that."""
         config, weight = self.config, self.embed.weight
-        shape = (batch, config.n_kv_heads, min(length, config.window or length), config.head_dim)
+        window = self.window
+        shape = (batch, config.n_kv_heads, min(length, window or length), config.head_dim)
+        limit = None if window is not None and length >= window else length
 
         def store() -> Tensor:
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
-        return [RollingCache(store(), store()) for _ in range(config.n_layers)]
+        return [RollingCache(store(), store(), limit) for _ in self.layers]
 
     def _where(self, ids: Tensor, cache: Cache | None, padding: Tensor | None) -> tuple[Rotation, Mask | None]:
         """Everything that depends on positions alone, once for all layers: rotations, and who sees whom.
@@ -217,4 +233,4 @@ class Transformer(Module):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
         key_positions = key_columns if padding is None else key_columns - padding[:, None]
-        return turn, settled(visible(positions, key_positions, config.window))
+        return turn, settled(visible(positions, key_positions, self.window))

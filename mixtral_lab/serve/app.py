@@ -198,7 +198,7 @@ def plan(lab: Lab, limits: Limits, body: Generation, prompts: list[list[int]], m
         body.top_k,
         body.random_seed if body.seed is None else body.seed,
     )
-    new_tokens = max_tokens or min(USUAL_NEW_TOKENS, limits.new_tokens, room)
+    new_tokens = max_tokens or min(USUAL_NEW_TOKENS, limits.new_tokens)
     return Job(rows, new_tokens, sampling, body.stops, bool(body.return_routed_experts))
 
 

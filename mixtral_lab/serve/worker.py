@@ -89,6 +89,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     started: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: int = 0  # of its texts
     over: bool = False  # finished, failed or cancelled: nobody waits for more
 
     def tell(self, what: Callable[..., object], *args: object) -> None:
@@ -186,6 +187,11 @@ class Worker:
             return
         with self._changed:
             self._counts["tokens"] += sum(isinstance(event, Text) for event in events)
+        job.ended += sum(isinstance(event, End) for event in events)
+        if job.ended == len(
+            job.prompts
+        ):  # before it is told: whoever has heard the end may leave, and has not left early
+            self._end(job, "finished")
         for event in events:
             job.tell(job.events.put_nowait, event)
 
@@ -206,6 +212,8 @@ def write(lab: Lab, job: Job) -> Iterator[list[Event]]:
     written: list[list[int]] = [[] for _ in job.prompts]
     routed: list[list[Tensor]] = [[] for _ in job.prompts]
     open_rows = set(range(len(job.prompts)))
+    config = lab.config
+    room = [job.new_tokens if config.window else min(job.new_tokens, config.context - len(ids)) for ids in job.prompts]
     sites = resolve(lab.config, "layers.*.router.experts") if job.with_experts else ()
     steps = generate_ids(lab.model, job.prompts, job.new_tokens, job.sampling, lab.tokenizer.stop_ids)
     while open_rows:
@@ -219,7 +227,7 @@ def write(lab: Lab, job: Job) -> Iterator[list[Event]]:
             if recorder is not None:
                 routed[row].append(torch.stack(list(recorder.values(row).values()), dim=1))
             written[row].append(token)
-            text, reason = _read(writers[row], token, lab.tokenizer.stop_ids, len(written[row]) == job.new_tokens)
+            text, reason = _read(writers[row], token, lab.tokenizer.stop_ids, len(written[row]) == room[row])
             events.append(Text(row, text))
             if reason is not None:
                 open_rows.remove(row)
