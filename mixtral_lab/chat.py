@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -185,12 +186,14 @@ class Conversation:
         if path.exists() and not self.saved(path):
             raise ChatError(f"{path} exists and was left alone: choose another name.")
         written = forms[path.suffix](said, self.lab.name).encode()
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # nobody else's
         try:
             partial.write_bytes(written)
             partial.replace(path)
         except OSError as error:
             raise ChatError(f"{path} cannot be written: {error.strerror or error}.") from None
+        finally:
+            partial.unlink(missing_ok=True)
         self._saved[path.resolve()] = written
         return path
 

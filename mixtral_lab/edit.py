@@ -9,6 +9,7 @@ they do so in the order given. `ablate`, `reroute` and the others below are such
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Edit:
     change: Callable[[Tensor, At], Tensor]
     experts: tuple[int, ...] = ()
     positions: frozenset[int] | None = None
+    partly: bool = False  # a position that no text has is no mistake
     met: set[tuple[str, int]] = field(default_factory=set, init=False, repr=False)  # where it took effect
 
 
@@ -74,8 +76,6 @@ def ablate(layer: int | None, expert: int, how: str = "renormalise") -> Edit:
         raise EditError(f"how is {how!r}: it must be 'zero', 'renormalise' or 'next_best'.")
 
     def forget(logits: Tensor, at: At) -> Tensor:
-        if logits.shape[-1] == 1:
-            raise EditError(f"{at.site} is of one expert alone: there is no next best one. Use how='zero'.")
         return logits.index_fill(-1, torch.tensor([expert], device=logits.device), float("-inf"))
 
     def take_away(weights: Tensor, at: At) -> Tensor:
@@ -149,8 +149,7 @@ def patch(site: str, trace: Trace, position: int | Sequence[int]) -> Edit:
     Scores and patterns cannot be patched, for their keys belong to their own text: patch queries, keys or values.
     Raises `TraceError` if the trace lacks the site.
     """
-    if site.endswith((".scores", ".pattern")):
-        raise EditError(f"{site} cannot be patched: its keys belong to its own text. Patch attention.heads.* instead.")
+    _check_patchable(site)
     positions = _positions(position) or frozenset()
     rows = range(len(trace)) if trace.positions is None else trace.positions.tolist()
     row = {at: number for number, at in enumerate(rows)}
@@ -161,6 +160,7 @@ def patch(site: str, trace: Trace, position: int | Sequence[int]) -> Edit:
         trace[site]  # says now, not in the middle of a run, what is missing
 
     def put(value: Tensor, at: At) -> Tensor:
+        _check_patchable(at.site)
         recorded = trace[at.site]
         axis = PATCHED_AXIS.get(at.site.rpartition(".")[2], 0) if ".heads." in at.site else 0
         here = [p for p in at.positions if p in positions]
@@ -174,6 +174,11 @@ def patch(site: str, trace: Trace, position: int | Sequence[int]) -> Edit:
         return value.index_copy(axis + 1, index, source.to(value).expand(len(value), *source.shape))
 
     return Edit(site, put, positions=positions)
+
+
+def _check_patchable(site: str) -> None:
+    if site.endswith((".scores", ".pattern")):
+        raise EditError(f"{site} cannot be patched: its keys belong to its own text. Patch attention.heads.* instead.")
 
 
 PATCHED_AXIS = {"query": 2, "out": 2, "key": 1, "value": 1}  # `seq` stands behind the heads
@@ -210,7 +215,7 @@ class Replay(list[Edit]):
 
         experts = tuple(range(int(forced.max()) + 1))[-1:]
         super().__init__(
-            Edit(_router(layer, "experts"), force(layer), experts=experts, positions=positions)
+            Edit(_router(layer, "experts"), force(layer), experts=experts, positions=positions, partly=True)
             for layer in range(trace.n_layers)
         )
 
@@ -306,9 +311,10 @@ def _check(edit: Edit, config: Config) -> None:
 
 def _check_met(edit: Edit) -> None:
     """A write is never silently without effect: nothing read, or a position that no text had."""
-    if edit.met:
+    missed = (edit.positions or frozenset()) - {position for _, position in edit.met}
+    if edit.met and (edit.partly or not missed):
         return
-    where = "" if edit.positions is None else f" at position {', '.join(map(str, sorted(edit.positions)))}"
+    where = f" at position {', '.join(map(str, sorted(missed)))}" if missed else ""
     raise EditError(f"The edit of {edit.pattern}{where} never took effect: nothing passed there while it was open.")
 
 
@@ -347,6 +353,13 @@ def _checked(new: Any, old: Tensor, site: Site, config: Config) -> Tensor:
         if low < 0 or high >= (config.n_experts or 0):
             wrong = low if low < 0 else high
             raise EditError(f"{site.name} has no expert {wrong}: they are 0 to {(config.n_experts or 0) - 1}.")
+    if site.name.endswith("router.logits"):
+        left = int((new > -torch.inf).sum(-1).min())
+        if left < (config.n_choices or 0):
+            raise EditError(
+                f"{site.name}: only {left} experts are left for a token, which takes {config.n_choices}. Leave more of them, or "
+                "take answers away instead: ablate(..., how='zero')."
+            )
     return new.to(old)
 
 
@@ -357,7 +370,12 @@ def _router(layer: int | None, what: str) -> str:
 def _positions(position: int | Sequence[int] | None) -> frozenset[int] | None:
     if position is None:
         return None
-    positions = frozenset([position] if isinstance(position, int) else position)
+    given: Any = position
+    try:
+        several = [given] if hasattr(given, "__index__") and not getattr(given, "ndim", 0) else given
+        positions = frozenset(map(operator.index, several))
+    except TypeError:
+        positions = frozenset()
     if not positions or min(positions) < 0:
         raise EditError(f"position is {position!r}: it must be a position in the text, 0 or above, or several.")
     return positions

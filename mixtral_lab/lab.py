@@ -32,7 +32,7 @@ from mixtral_lab.model import Transformer
 from mixtral_lab.model.linear import pack
 from mixtral_lab.model.site import watched
 from mixtral_lab.offload import loads
-from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve
+from mixtral_lab.sites import Cost, Site, all_sites, cost, kept_for, recording, resolve, source_of
 from mixtral_lab.tokenizer import TextStream, Tokenizer, load_tokenizer
 from mixtral_lab.trace import Trace
 from mixtral_lab.upcycled import is_upcycled, load_upcycled
@@ -231,10 +231,7 @@ class Lab:
         check_length(config, len(ids) + max_new_tokens)
         names = resolve(self.config, sites)
         at = _positions(positions, len(ids) + max_new_tokens)
-        changed = {
-            name for name in names if watched(self.model.get_submodule(name))
-        }  # an edit: not what queries and keys give
-        kept = [*changed, *kept_for([name for name in names if name not in changed], whole=at is None)]
+        kept = kept_for(names, at is None, self._changed())
         numbers = None if dtype is None else resolve_dtype(dtype)
         with recording(self.model, kept, at, numbers) as recorder:
             # One token more than asked for: the last one written is never read, so nothing is known of it.
@@ -254,6 +251,15 @@ class Lab:
             recorded=recorder.values(),
             positions=at,
         )
+
+    def _changed(self) -> frozenset[str]:
+        """Sites that a trace could compute from others, but not now: somebody edits them, or what they are made of."""
+
+        def touched(name: str) -> bool:
+            before = name.removesuffix("pattern") + "scores" if name.endswith(".pattern") else name
+            return any(watched(self.model.get_submodule(one)) for one in (name, before))
+
+        return frozenset(name for name in self.sites if source_of(name) and touched(name))
 
     def trace_cost(
         self,

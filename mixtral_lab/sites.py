@@ -162,19 +162,26 @@ def cost(config: Config, names: Sequence[str], seq: int, n_positions: int | None
     return Cost(by_site)
 
 
-def kept_for(names: Sequence[str], whole: bool = True) -> tuple[str, ...]:
+def source_of(name: str) -> tuple[str, ...]:
+    """The sites that a trace computes this one from; none if it must be recorded itself."""
+    inner = name.split(".", 2)[-1]
+    return tuple(name.removesuffix(inner) + source for source in COMPUTED.get(inner, ()))
+
+
+def kept_for(names: Sequence[str], whole: bool = True, changed: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """The sites to keep so that all the named ones can be given: others stand for those that are `COMPUTED`.
 
-    Queries and keys stand for scores and patterns only where the `whole` text is kept, for they need every key.
+    Queries and keys stand for scores and patterns only where the `whole` text is kept, for they need every key. Nothing stands
+    for those that an edit `changed`: they are kept themselves, also unnamed ones that the kept others would give wrongly.
     """
     kept: dict[str, None] = {}
     for name in names:
-        inner = name.split(".", 2)[-1]
-        stem, sources = name.removesuffix(inner), COMPUTED.get(inner, ())
-        if not sources or (sources == QUERIES_AND_KEYS and not whole):
+        sources = source_of(name)
+        if not sources or name in changed or (name.rpartition(".")[2] in ("scores", "pattern") and not whole):
             kept[name] = None
         else:
-            kept |= dict.fromkeys(stem + source for source in sources)
+            kept |= dict.fromkeys(sources)
+    kept |= {name: None for name in sorted(changed) if kept.keys() >= set(source_of(name))}
     return tuple(kept)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import torch
@@ -337,9 +338,12 @@ class Trace:
             "n_experts": self.n_experts, "window": self.window,
         }  # fmt: skip
         header = {"format": FORMAT, "tokens": json.dumps(self.tokens, ensure_ascii=False), "about": json.dumps(about)}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=header)
-        partial.replace(path)
+        partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # nobody else's
+        try:
+            save_file(tensors, partial, metadata=header)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -271,6 +271,9 @@ def test_what_cannot_be_swept(monkeypatch):
         reroute_sweep(lab, "abc", 0, 1)
     with pytest.raises(AnalysisError, match="have 4 and 3"):
         patch_sweep(lab, "abc", "ab", "d", "e")
+    for target, against in (("", "b"), ("b", "")):
+        with pytest.raises(AnalysisError, match="is empty"):
+            patch_sweep(lab, "a", "c", target, against)
     with pytest.raises(AnalysisError, match="nothing to recover"):
         patch_sweep(lab, "abc", "abc", "d", "e")
 

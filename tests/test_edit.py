@@ -290,5 +290,48 @@ def test_a_replay_knows_the_last_run_alone(lab, plain):
 
 def test_nothing_is_next_best_to_the_only_expert():
     model = random_model(replace(mixtral(), n_experts=1, n_choices=1))
-    with pytest.raises(EditError, match="one expert alone"), editing(model, ablate(0, 0, "next_best")):
+    with pytest.raises(EditError, match="only 0 experts are left"), editing(model, ablate(0, 0, "next_best")):
         model(torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("positions", [None, [3, 5]])
+def test_a_trace_shows_what_an_edit_made_not_what_it_was_made_of(lab, positions):
+    """Patterns are computed from queries and keys, contributions from answers and weights: not where these say nothing of them."""
+    with lab.edit({"layers.0.attention.scores": lambda s: s * 0}):
+        trace = lab.trace(TEXT, sites="*", positions=positions)
+    seen = trace["layers.0.attention.pattern"] > 0
+    torch.testing.assert_close(
+        trace["layers.0.attention.pattern"][seen], (1 / seen.sum(-1)).expand(4, 2, -1)[..., None].expand_as(seen)[seen]
+    )
+    sums = ["layers.0.experts.out", "layers.0.router.weights", "layers.0.experts"]
+    with lab.edit({"layers.0.experts.weighted": lambda x: x * 2}):
+        trace = lab.trace(TEXT, sites=sums, positions=positions)
+    torch.testing.assert_close(trace["layers.0.experts.weighted"].sum(1), trace["layers.0.experts"])
+    heads = ["layers.0.attention.heads.*"]
+    with lab.edit({"layers.0.attention.pattern": lambda p: p * 0}):
+        trace = lab.trace(TEXT, sites=heads)
+    assert not trace["layers.0.attention.pattern"].any() and not trace["layers.0.attention.heads.out"].any()
+
+
+def test_a_pattern_does_not_patch_what_has_other_keys(lab, plain):
+    other = lab.trace(TEXT, sites="*")
+    for site in ("layers.0.attention.[p]attern*", "layers.0.attention.*", "layers.0.*"):
+        with pytest.raises(EditError, match="its keys belong to its own text"), lab.edit(patch(site, other, 1)):
+            lab.logits(other.ids[None])
+
+
+@pytest.mark.parametrize("edit", [lambda at: reroute(0, at, [1, 2]), lambda at: scale(0, 1, 0.5, at)])
+def test_every_position_must_be_met(lab, edit):
+    with pytest.raises(EditError, match="at position 50, 500 never"), lab.edit(edit([2, 50, 500])):
+        lab.logits(torch.arange(20)[None])
+    with lab.edit(edit([2, 19])):
+        lab.logits(torch.arange(20)[None])
+
+
+def test_too_few_experts_left(lab):
+    gone = [ablate(1, expert, "next_best") for expert in range(7)]
+    with pytest.raises(EditError, match="only 1 experts are left for a token, which takes 2"), lab.edit(*gone):
+        lab.logits(torch.arange(20)[None])
+    with lab.edit(*gone[:6]):
+        trace = lab.trace(TEXT)
+    assert set(trace.experts[1].flatten().tolist()) == {6, 7}

@@ -229,6 +229,8 @@ import numpy as np
 import torch
 
 import mixtral_lab
+from mixtral_lab import analysis, edit
+from mixtral_lab.analysis import lens
 from mixtral_lab.config import LabError
 from mixtral_lab.widgets import RouterExplorer
 
@@ -237,7 +239,17 @@ for two in (torch.tensor([0, -1]), np.array([0, -1])):
     assert lab.trace("Once", positions=two).positions.tolist() == [0, len(lab.tokenizer.encode("Once")) - 1]
 trace = mixtral_lab.Trace.from_arrays(["a", "b"], [[[0, 1], [2, 1]]], [[[0.75, 0.25], [0.5, 0.5]]])
 assert trace["layers.*.router.weights"].tolist() == [[[0.75, 0.25], [0.5, 0.5]]]
+t, ids, whole = lab.trace("Once upon"), torch.tensor([lab.tokenizer.encode("Once upon")]), lab.trace("Once upon", sites="*")
+assert (analysis.assignment_counts(t.experts, 8) == analysis.assignment_counts(*analysis.choices(t))).all()
+for at in (np.int64(2), torch.tensor(2), [np.int64(2)], torch.tensor([2])):
+    with lab.edit(edit.scale(0, 0, 0.5, at), edit.patch("layers.1.residual.after", whole, at)):
+        lab.logits(ids)
+said = lens.attribution(lab.model, whole, targets=np.int64(5)).targets.tolist()
+assert said == lens.attribution(lab.model, whole, targets=5).targets.tolist()
 for slip in (
+    lambda: lens.attribution(lab.model, whole, targets=" dog"),
+    lambda: analysis.assignment_counts(t, 8),
+    lambda: edit.scale(0, 0, 0.5, "first"),
     lambda: lab.generate(123),
     lambda: lab.generate(["a", None]),
     lambda: lab.trace(None),
@@ -264,6 +276,7 @@ def test_slips_are_told_in_a_sentence():
     done = subprocess.run([sys.executable, "-c", SLIPS], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
     wanted = [
+        "A word's id", "choices(trace)", "position is 'first'",
         "this is 123", "this is None", "this is None", "this is b'a'", "whole number, 0 or above", "max_new_tokens is -1",
         "max_new_tokens is -1", "tokenizer.encode(text)", "lambda x: 0.5 * x", "shows a Trace",
         "such as [0, -1]", "64 bits", "top_k is 2.5",

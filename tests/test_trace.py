@@ -245,3 +245,10 @@ def test_files_that_are_not_whole_and_folders_that_are_not_there(real, tmp_path)
 def test_a_prompt_longer_than_the_text():
     with pytest.raises(TraceError, match="n_prompt is 3, but there are 2 tokens"):
         Trace.from_arrays(["a", "b"], torch.tensor([[[0, 1], [2, 1]]]), n_prompt=3)
+
+
+def test_a_file_beside_it_is_left_alone(real, tmp_path):
+    beside = tmp_path / "trace.safetensors.partial"
+    beside.write_text("mine")
+    real.save(tmp_path / "trace.safetensors")
+    assert beside.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2

@@ -234,6 +234,8 @@ def patch_sweep(
     2202.05262, section 2) with the measure of Zhang and Nanda (arXiv 2309.16042, section 2).
     Raises `AnalysisError` for texts of different length, or if the model does not tell them apart.
     """
+    if not (clean and corrupt and target and against):
+        raise AnalysisError("A text or a word is empty: give two texts, and two words that may follow them.")
     asked = questions(lab, [clean, corrupt], [target, target])
     ids = [question.ids[: -question.n_target] for question in asked]
     right = asked[0].ids[len(ids[0])]

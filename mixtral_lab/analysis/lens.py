@@ -7,8 +7,9 @@ map from the stream to the logits linear. Then the parts' contributions sum to t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -271,7 +272,14 @@ def _next_tokens(trace: Trace) -> Int[Tensor, " seq"]:
 
 
 def _ids(asked: int | Sequence[int], seq: int, vocab: int) -> Int[Tensor, " seq"]:
-    ids = torch.tensor([asked] * seq if isinstance(asked, int) else list(asked))
+    given: Any = asked
+    try:
+        several = [given] * seq if hasattr(given, "__index__") and not getattr(given, "ndim", 0) else given
+        ids = torch.tensor([operator.index(one) for one in several])
+    except TypeError:
+        raise AnalysisError(
+            f"Give a token id, or one for each position, not {asked!r}. A word's id: lab.tokenizer.encode(word, bos=False)[0]."
+        ) from None
     if len(ids) != seq or int(ids.min()) < 0 or int(ids.max()) >= vocab:
         raise AnalysisError(
             f"Give one token id below {vocab}, or one for each of the {seq} recorded positions, not {asked}."

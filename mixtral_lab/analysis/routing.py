@@ -46,7 +46,10 @@ def choices(trace: Trace) -> Choices:
 
 
 def checked(experts: Experts, n_experts: int) -> Int[np.ndarray, "layer seq choice"]:
-    """The same experts as 64-bit integers. Raises `AnalysisError` if one of them is not among the `n_experts`."""
+    """The same experts as 64-bit integers, also of a tensor. Raises `AnalysisError` if one is not among the `n_experts`."""
+    if isinstance(experts, Trace):
+        raise AnalysisError("This is a whole trace: its choices alone are wanted, ..._counts(*choices(trace)).")
+    experts = np.asarray(experts)
     if experts.size and not (experts.min() >= 0 and experts.max() < n_experts):
         outside = int(experts.max()) if experts.max() >= n_experts else int(experts.min())
         raise AnalysisError(f"There is no expert {outside}: {n_experts} experts are numbered 0 to {n_experts - 1}.")
@@ -69,8 +72,9 @@ def rank_counts(experts: Experts, n_experts: int) -> Int[np.ndarray, "layer choi
 
     Source: Mixtral of Experts (arXiv 2401.04088, Figure 9).
     """
-    ranks = experts.shape[2]
-    at_rank = checked(experts, n_experts) + n_experts * np.arange(ranks)
+    at_rank = checked(experts, n_experts)
+    ranks = at_rank.shape[2]
+    at_rank = at_rank + n_experts * np.arange(ranks)
     return tally(at_rank, ranks * n_experts).reshape(-1, ranks, n_experts)
 
 

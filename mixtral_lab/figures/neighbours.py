@@ -80,7 +80,7 @@ def repetition(
     return framed(
         fig,
         f"Do neighbouring tokens share an expert? {maker(model, dtype)}",
-        f"Bands: 95 % intervals. Dashed: blind choice of {n_choices} among {n_experts} experts.",
+        f"Bands: 95 % intervals. Dashed: blind choice of {n_choices} among {n_experts} experts; more where some are busier.",
         plot=height,
         left=left,
         right=24,

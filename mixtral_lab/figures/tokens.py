@@ -125,7 +125,7 @@ def tokens_by_expert(trace: Trace, layers: Sequence[int] | None = None) -> go.Fi
     return framed(
         fig,
         f"Tokens by first-choice expert: {maker(trace.model, trace.dtype)}",
-        "Each token stands on the colour of the expert that weighs most."
+        "Each token stands on the colour of its first choice: the expert that weighs most, unless routing was forced."
         + (" ┃ marks where the model starts to write." if 0 < trace.n_prompt < len(trace) else ""),
         decided.n_experts,
         plot=height,
