@@ -222,7 +222,7 @@ def test_a_text_goes_on_as_in_lab_generate(url, lab, prompt):
 
 
 def test_several_prompts_and_several_answers(url, lab):
-    found = complete(url, prompt=promptS[:3], n=2, max_tokens=8)
+    found = complete(url, prompt=PROMPTS[:3], n=2, max_tokens=8)
     said = [lab.generate(prompt, max_new_tokens=8) for prompt in PROMPTS[:3] for _ in range(2)]
     assert [choice["text"] for choice in found["choices"]] == said
     assert [choice["index"] for choice in found["choices"]] == list(range(6))
@@ -233,13 +233,13 @@ def test_several_prompts_and_several_answers(url, lab):
 
 def test_a_seed_repeats_a_draw_and_each_answer_has_its_own(url, lab):
     drawn = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "max_tokens": 12}
-    found = complete(url, prompt=promptS[0], n=3, seed=7, **drawn)
+    found = complete(url, prompt=PROMPTS[0], n=3, seed=7, **drawn)
     texts = [choice["text"] for choice in found["choices"]]
     alone = [lab.generate(PROMPTS[0], 12, 0.9, 0.95, seed=7 + i, top_k=50) for i in range(3)]
     assert texts == alone and len(set(texts)) == 3
-    assert complete(url, prompt=promptS[0], random_seed=8, **drawn)["choices"][0]["text"] == texts[1]
-    assert {complete(url, prompt=promptS[0], **drawn)["choices"][0]["text"] for _ in range(4)} != {texts[0]}
-    events = [json.loads(event) for event in stream(url, "completions", prompt=promptS[0], n=3, seed=7, **drawn)[:-1]]
+    assert complete(url, prompt=PROMPTS[0], random_seed=8, **drawn)["choices"][0]["text"] == texts[1]
+    assert {complete(url, prompt=PROMPTS[0], **drawn)["choices"][0]["text"] for _ in range(4)} != {texts[0]}
+    events = [json.loads(event) for event in stream(url, "completions", prompt=PROMPTS[0], n=3, seed=7, **drawn)[:-1]]
     rows = ["".join(c["text"] for e in events for c in e["choices"] if c["index"] == row) for row in range(3)]
     assert rows == texts and ["usage" in event for event in events].index(True) == len(events) - 1
 
@@ -247,7 +247,7 @@ def test_a_seed_repeats_a_draw_and_each_answer_has_its_own(url, lab):
 def test_the_coldest_draws_are_greedy(url, lab):
     said = lab.generate(PROMPTS[0], max_new_tokens=8)
     for cold in ({"temperature": 1e-320}, {"temperature": 2.0, "top_p": 1e-320}, {"temperature": 2.0, "top_k": 1}):
-        assert complete(url, prompt=promptS[0], max_tokens=8, **cold)["choices"][0]["text"] == said
+        assert complete(url, prompt=PROMPTS[0], max_tokens=8, **cold)["choices"][0]["text"] == said
 
 
 @pytest.mark.parametrize("stop", [" small", ["zebra", "ixtral", " small"], ["I am Mini, a small Mixtral model."]])
@@ -327,9 +327,9 @@ def test_the_client_of_openai(opened, lab):
     chunks = list(opened.chat.completions.create(model="gpt-4o", messages=QUESTION, stream=True))
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == said
     assert chunks[-1].usage == found.usage and found.usage.total_tokens == 20
-    text = opened.completions.create(model="m", prompt=promptS[0], max_tokens=8)
+    text = opened.completions.create(model="m", prompt=PROMPTS[0], max_tokens=8)
     assert text.choices[0].text == lab.generate(PROMPTS[0], max_new_tokens=8)
-    pieces = opened.completions.create(model="m", prompt=promptS[0], max_tokens=8, stream=True)
+    pieces = opened.completions.create(model="m", prompt=PROMPTS[0], max_tokens=8, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == text.choices[0].text
     [card] = opened.models.list()
     assert card.id == "mini-mixtral" and card == opened.models.retrieve("mini-mixtral")
