@@ -357,8 +357,8 @@ def _checked(new: Any, old: Tensor, site: Site, config: Config) -> Tensor:
         left = int((new > -torch.inf).sum(-1).min())
         if left < (config.n_choices or 0):
             raise EditError(
-                f"{site.name}: only {left} experts are left for a token, which takes {config.n_choices}. Leave more of them, or "
-                "take answers away instead: ablate(..., how='zero')."
+                f"{site.name}: only {left} of {new.shape[-1]} experts are left for a token, which takes {config.n_choices}. Leave "
+                "more, or take answers away instead: ablate(..., how='zero')."
             )
     return new.to(old)
 

@@ -290,7 +290,7 @@ def test_a_replay_knows_the_last_run_alone(lab, plain):
 
 def test_nothing_is_next_best_to_the_only_expert():
     model = random_model(replace(mixtral(), n_experts=1, n_choices=1))
-    with pytest.raises(EditError, match="only 0 experts are left"), editing(model, ablate(0, 0, "next_best")):
+    with pytest.raises(EditError, match="only 0 of 1 experts are left"), editing(model, ablate(0, 0, "next_best")):
         model(torch.arange(5)[None])
 
 
@@ -330,7 +330,7 @@ def test_every_position_must_be_met(lab, edit):
 
 def test_too_few_experts_left(lab):
     gone = [ablate(1, expert, "next_best") for expert in range(7)]
-    with pytest.raises(EditError, match="only 1 experts are left for a token, which takes 2"), lab.edit(*gone):
+    with pytest.raises(EditError, match="only 1 of 8 experts are left for a token, which takes 2"), lab.edit(*gone):
         lab.logits(torch.arange(20)[None])
     with lab.edit(*gone[:6]):
         trace = lab.trace(TEXT)
