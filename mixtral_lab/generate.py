@@ -14,6 +14,7 @@ from mixtral_lab.config import Config, LabError
 from mixtral_lab.model import Transformer
 from mixtral_lab.model.attention import FixedCache
 from mixtral_lab.model.module import Likeness, Module
+from mixtral_lab.model.moe import Experts
 from mixtral_lab.model.site import free_of_hooks
 from mixtral_lab.model.transformer import Cache
 
@@ -168,10 +169,15 @@ def compile_decode(model: Transformer) -> Decode:
     Chosen experts are picked by index from their bank, so no weight is copied and no step waits for Python. Where the
     experts of a layer do not lie side by side in memory, they are laid out so first. With a hook or an edit in the model, or
     padding, or while the model has other parts or weights in other places than when this was called, a step is `decode`
-    itself. Needs a C++ compiler (on a GPU, Triton).
+    itself. Needs a C++ compiler (on a GPU, Triton). Raises `LabError` for experts of another kind than the package's.
     """
     sparse = [block.experts for block in model.blocks if block.router is not None]
     for experts in sparse:
+        if not isinstance(experts, Experts):
+            raise LabError(
+                f"The experts of a layer are a {type(experts).__name__}: a compiled step knows the package's own kind only. "
+                "Write without compiling."
+            )
         experts.lay_out()
     over_weights = [experts for experts in sparse if experts.has_bank()]
     # Of rounded weights, for one:
@@ -201,7 +207,7 @@ def compile_decode(model: Transformer) -> Decode:
     def compiled_decode(
         given: Transformer, ids: Int[Tensor, " batch"], cache: Cache, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch vocab"]:
-        by_definition = any(block.attention.plain for block in model.blocks) or any(
+        by_definition = any(attention.plain for attention in model.attentions) or any(
             experts.dispatch != "auto" for experts in sparse
         )
         as_ever = given is not model or padding is not None or by_definition or not free_of_hooks(model)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
-from mixtral_lab.generate import decode, prefill
+from mixtral_lab.config import LabError
+from mixtral_lab.generate import compile_decode, decode, prefill
 from mixtral_lab.model.attention import FixedCache
 from mixtral_lab.model.linear import onednn_works, packing_works
 from mixtral_lab.model.moe import grouped_works
@@ -281,6 +282,58 @@ def test_a_site_that_does_something_is_asked(name, how):
         )
     written_anyhow(model)
     assert len(met) > 3
+
+
+@pytest.mark.parametrize("part", ["attention", "router", "experts", "experts.ffn", "ffn_norm"])
+def test_a_module_of_somebody_elses_stands_in_a_layer(part):
+    """It knows nothing of the package but its one way of being called."""
+
+    class Wrapped(nn.Module):
+        calls = 0
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *given):
+            Wrapped.calls += 1
+            return self.inner(*given)
+
+    model = random_model(mixtral(window=6))
+    before = written_anyhow(model)
+    place, _, last = f"layers.1.{part}".rpartition(".")
+    holder = model.get_submodule(place)
+    own = getattr(holder, last)
+    if isinstance(own, nn.ModuleList):
+        for i, one in enumerate(own):
+            own[i] = Wrapped(one)
+    else:
+        setattr(holder, last, Wrapped(own))
+    torch.testing.assert_close(written_anyhow(model), before, atol=1e-4, rtol=1e-4)
+    assert Wrapped.calls > 20
+
+
+@pytest.mark.parametrize("part", ["experts", "experts.ffn.1"])
+def test_what_cannot_be_compiled_is_said(part):
+    model = random_model(mixtral(window=6))
+    place, _, last = f"layers.1.{part}".rpartition(".")
+    model.get_submodule(place).add_module(last, nn.Identity())
+    with pytest.raises(LabError, match=r"Identity.*Write without compiling"):
+        compile_decode(model)
+
+
+def test_a_layer_put_in_between_is_asked():
+    class Louder(nn.Module):
+        def forward(self, x, *given):
+            return 2 * x
+
+    model = random_model(mixtral(window=6))
+    before = written(model)
+    model.layers.insert(1, Louder())
+    between = written_anyhow(model)
+    assert not torch.allclose(between, before)
+    del model.layers[1]
+    torch.testing.assert_close(written(model), before)
 
 
 @pytest.mark.parametrize("role", ["gate", "up", "down"])

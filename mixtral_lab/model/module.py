@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,50 +14,70 @@ def as_made(part: Any, kind: type[nn.Module]) -> bool:
     return type(part) is kind and "forward" not in part.__dict__
 
 
-_times_set = 0  # in all models together
+_last_change = object()  # in all models together
 
 
-def _count() -> None:
-    global _times_set
-    _times_set += 1
+def _changed() -> None:
+    global _last_change
+    _last_change = object()
 
 
-def changes() -> int:
-    """How often something was set on a part, of whatever model."""
-    return _times_set
+def last_change() -> object:
+    """The mark of the last time that something was set on a part, of whatever model. Another one each time."""
+    return _last_change
+
+
+def until_changed(ask: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A question to a part that is asked at every step: the answer is kept until something is set on a part of whatever model."""
+    kept = f"_{ask.__name__}_until_changed"
+
+    @functools.wraps(ask)
+    def asked(part: Any) -> bool:
+        at, answer = part.__dict__.get(kept, (None, False))
+        if at is not _last_change:
+            at = _last_change
+            answer = ask(part)
+            part.__dict__[kept] = at, answer  # set aside: it is no change
+        return answer
+
+    return asked
 
 
 class Module(nn.Module):
-    """Keeps its parts as ordinary attributes, too, and counts whatever is set.
+    """Keeps its parts as ordinary attributes, too, and marks whenever something is set (`last_change`).
 
     PyTorch looks for parts only after Python has found nothing, which takes as long as a small product; one token looks for
     hundreds of them. Replace and remove a part as usual (`setattr`, `add_module`, `del`), not through `_modules`.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _count()
         super().__setattr__(name, value)
         if name in self.__dict__.get("_modules", ()) and name.isidentifier():  # a list's parts have no name
             self.__dict__[name] = value
+        _changed()
 
     def __delattr__(self, name: str) -> None:
-        _count()
         super().__delattr__(name)
         self.__dict__.pop(name, None)
+        _changed()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        _count()
         super().add_module(name, module)
         if name.isidentifier():
             self.__dict__[name] = module
+        _changed()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        _count()
         super().register_parameter(name, param)
+        _changed()
 
 
 class ModuleList(Module, nn.ModuleList):
     """PyTorch's list of parts; changes do not go unnoticed."""
+
+    def insert(self, index: int, module: nn.Module) -> None:
+        super().insert(index, module)
+        _changed()
 
 
 class Embedding(Module, nn.Embedding):
@@ -81,14 +102,16 @@ class Likeness:
         self._also = also
         self._weights = list(model.parameters())
         self._places = self._where()
-        self._at, self._alike = -1, False
+        self._at: object = None
+        self._alike = False
 
     def holds(self) -> bool:
         if self._where() != self._places:
             return False
-        if self._at != _times_set:
+        if self._at is not _last_change:
+            at = _last_change
             self._alike = all(where.get(name) is value for where, name, value in self._facts) and self._also()
-            self._at = _times_set
+            self._at = at
         return self._alike
 
     def _where(self) -> list[int]:

@@ -18,8 +18,9 @@ from einops import einsum, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mixtral_lab.config import LabError
 from mixtral_lab.model.linear import ROWS, SWEPT, Linear, dots, rounded_up, rounds_up, settled, small_products, tuned
-from mixtral_lab.model.module import Module, ModuleList, as_made
+from mixtral_lab.model.module import Module, ModuleList, as_made, until_changed
 from mixtral_lab.model.site import Site, asked, free_of_hooks
 
 Chosen = Int[Tensor, "batch seq choice"]
@@ -143,6 +144,7 @@ class SwiGLU(Module):
         return self.hidden(F.silu(self.gate(x)) * self.up(x))
 
     @property
+    @until_changed
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced."""
         products = as_made(self.gate, Linear) and as_made(self.up, Linear) and as_made(self.down, Linear)
@@ -199,7 +201,7 @@ class Experts(Module):
         chosen, take = routing.experts, self.way(dispatch)
         if take is take_sorted and rounds_up(x) and free_of_hooks(self.ffn):
             take = functools.partial(take_sorted, multiple=ROWS)
-        whole: Any = self.swiglus
+        whole: Any = list(self.ffn)
         inside, down = ([one.inside for one in whole], [one.down for one in whole]) if hidden else ([], [])
         if dispatch == "grouped" and (bank := self._all_in_one(x)) is not None:
             take = functools.partial(take_grouped, n_experts=len(self.ffn))
@@ -260,7 +262,7 @@ class Experts(Module):
         """The bank, if all experts' products can be one call on it: nobody looks into an expert or trains it, and it is laid
         out as PyTorch's operator wants it. On a GPU it is made when first asked for, a role of a layer at a time.
         """
-        if not all(places(one) for one in self.swiglus) or not free_of_hooks(self.ffn):
+        if not all(places(one) for one in self.ffn) or not free_of_hooks(self.ffn):
             return None
         if not grouped_works(x.device, x.dtype):
             return None
@@ -278,7 +280,12 @@ class Experts(Module):
         return self.bank if fits else None
 
     def lay_out(self) -> None:
-        """Have a bank, whatever it takes: for compiling."""
+        """Have a bank, whatever it takes: for compiling. Raises `LabError` if an expert is no `SwiGLU`."""
+        for number, expert in enumerate(self.ffn):
+            if not isinstance(expert, SwiGLU):
+                raise LabError(
+                    f"Expert {number} is a {type(expert).__name__}: a compiled step knows SwiGLU only. Write without compiling."
+                )
         self._keep(bank(self.swiglus, copy=True))
 
     def has_bank(self, *chosen: int) -> bool:
@@ -296,12 +303,12 @@ class Experts(Module):
             if self.bank is not None and now != self._places[expert]:
                 self.bank, self._sought = None, False
         if not self._sought:
-            self._keep(bank(self.swiglus))
+            self._keep(bank(list(self.ffn)))
         return self.bank is not None
 
     def _keep(self, bank: Bank | None) -> None:
         self.bank, self._sought = bank, True
-        self._places = [] if bank is None else [places(one) for one in self.swiglus]
+        self._places = [] if bank is None else [places(one) for one in self.ffn]
 
 
 class Bank(NamedTuple):
@@ -331,10 +338,10 @@ def places(expert: Any) -> tuple[int, ...]:
     """
     if not as_made(expert, SwiGLU) or not expert.ordinary:
         return ()
-    weights = [part._parameters.get("weight") for part in (expert.gate, expert.up, expert.down)]
-    if any(weight is None for weight in weights):  # made anew at every call, as by torch.nn.utils.prune
+    try:
+        return tuple([part._parameters["weight"].data_ptr() for part in (expert.gate, expert.up, expert.down)])
+    except (KeyError, AttributeError):  # weights are made anew at every call, as by torch.nn.utils.prune
         return ()
-    return tuple(weight.data_ptr() for weight in weights)
 
 
 def _grouped(rows: Sorted, weight: Float[Tensor, "expert features_out features_in"], ends: Ends) -> SortedOut:
@@ -373,7 +380,7 @@ def grouped_works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode(False)  # a copy made in inference mode could not be used outside
-def bank(experts: Sequence[SwiGLU], copy: bool = False) -> Bank | None:
+def bank(experts: Sequence[Any], copy: bool = False) -> Bank | None:
     """The bank of a layer's experts: a view of their own memory where a file lays them out evenly.
 
     Elsewhere there is none, unless `copy` is set: then they are laid out anew, and the experts' own weights become views.

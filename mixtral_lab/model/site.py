@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from mixtral_lab.model.module import Module, as_made, changes
+from mixtral_lab.model.module import Module, as_made, last_change
 
 
 class Site(Module):
@@ -49,7 +49,7 @@ def free_of_hooks(module: nn.Module) -> bool:
 
     PyTorch numbers the hooks that it makes, in all modules together.
     """
-    made = RemovableHandle.next_id, changes()
+    made = RemovableHandle.next_id, last_change()
     if module.__dict__.get("_free_of_hooks_at") == made:
         return True
     free = not _has_any_global_hook() and not any(watched(inner) for inner in module.modules())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixtral_lab.config import Config, LabError
 from mixtral_lab.model.attention import Attention, FixedCache, Mask, RollingCache, visible
 from mixtral_lab.model.linear import Linear, linear, row, settled, single
-from mixtral_lab.model.module import Embedding, Module, ModuleList, as_made
+from mixtral_lab.model.module import Embedding, Module, ModuleList, as_made, until_changed
 from mixtral_lab.model.moe import Experts, Router, Routing, SwiGLU
 from mixtral_lab.model.rope import Rotation, rotation, turn_at
 from mixtral_lab.model.site import Site, free_of_hooks, watched
@@ -77,6 +77,7 @@ class Block(Module):
         return self.residual.after(x + self.experts(normed, self.router(normed)))
 
     @property
+    @until_changed
     def ordinary(self) -> bool:
         """Whether `row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
         stream = self.residual
@@ -88,7 +89,8 @@ class Block(Module):
             return False
         if self.router is None:
             return as_made(self.feed_forward, SwiGLU) and self.feed_forward.ordinary
-        return as_made(self.router, Router) and self.router.ordinary and self.experts.ordinary
+        experts = isinstance(self.experts, Experts) and self.experts.ordinary
+        return experts and as_made(self.router, Router) and self.router.ordinary
 
     def row(
         self, x: Float[Tensor, " dim"], turn: Float[Tensor, "head_dim head_dim"], cache: RollingCache
@@ -162,14 +164,22 @@ class Transformer(Module):
         return (
             ids.numel() == 1
             and single(ids)
+            and self.ordinary
+            and free_of_hooks(self)
             and self.embed.weight.dtype in (torch.float32, torch.bfloat16)
             and type(cache[0]) is RollingCache
             and len(cache) == len(self.layers)
-            and as_made(self.logits, Site)
+        )
+
+    @property
+    @until_changed
+    def ordinary(self) -> bool:
+        """Whether `_row` computes what `forward` does: nothing in here was replaced, and nobody asked for a definition."""
+        return (
+            as_made(self.logits, Site)
             and as_made(self.embed, Embedding)
             and as_made(self.final_norm, RMSNorm)
             and (self.unembed is None or as_made(self.unembed, Linear))
-            and free_of_hooks(self)
             and all(as_made(block, Block) and block.ordinary for block in self.layers)
         )
 
@@ -192,7 +202,7 @@ class Transformer(Module):
 
         Raises `LabError` if they differ: masks and caches are made once, for all layers.
         """
-        found = {block.attention.window for block in self.blocks}
+        found = {attention.window for attention in self.attentions}
         if len(found) > 1:
             raise LabError(
                 f"The layers have windows of {sorted(map(str, found))}: set attention.window alike in all of them."
@@ -203,6 +213,11 @@ class Transformer(Module):
     def blocks(self) -> list[Block]:
         """The layers, by their own type."""
         return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """Attention of each layer, by its own type, where nobody has put something else in its place."""
+        return [block.attention for block in self.blocks if isinstance(block.attention, Attention)]
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Empty caches for texts of up to `length` tokens; a window keeps them smaller than that."""
@@ -229,7 +244,7 @@ class Transformer(Module):
         cos, sin = rotation(positions, config.head_dim, config.rope_theta)
         turn = settled(cos.to(self.embed.weight.dtype)), settled(sin.to(self.embed.weight.dtype))
         fixed = cache is not None and isinstance(cache[0], FixedCache)
-        if padding is None and not fixed and (new == 1 or not any(block.attention.explicit for block in self.blocks)):
+        if padding is None and not fixed and (new == 1 or not any(attention.explicit for attention in self.attentions)):
             return turn, None
         key_columns = cache[0].columns(new)[None] if cache else columns
         key_positions = key_columns if padding is None else key_columns - padding[:, None]
