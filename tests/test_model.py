@@ -16,9 +16,18 @@ from test_parity import configs, mixtral
 
 from mixtral_lab.config import Config, ConfigError
 from mixtral_lab.model import Transformer
-from mixtral_lab.model.attention import RollingCache, attend_masked, attend_one, attend_plain, visible
-from mixtral_lab.model.linear import Linear, linear, onednn_works, pack, packing_works, portable, rounded_up
-from mixtral_lab.model.moe import DISPATCH, Experts, Laid, Router, Routing, mix_dense, route, take_sorted
+from mixtral_lab.model.attention import Attention, RollingCache, attend_masked, attend_one, attend_plain, visible
+from mixtral_lab.model.linear import (
+    Linear,
+    linear,
+    onednn_works,
+    pack,
+    packing_works,
+    portable,
+    rounded_up,
+    row_together,
+)
+from mixtral_lab.model.moe import DISPATCH, Experts, Laid, Router, Routing, SwiGLU, mix_dense, route, take_sorted
 from mixtral_lab.model.rope import rotate, rotation
 from mixtral_lab.model.transformer import Block, RMSNorm
 from mixtral_lab.sites import recording
@@ -305,6 +314,7 @@ def test_portable_is_plain_pytorch(monkeypatch, processor):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
+@torch.no_grad()
 def test_packed_weights_give_the_same_and_notice_a_change(rows, processor):
     layer = Linear(256, 640).bfloat16().requires_grad_(False)
     x = torch.randn(rows, 256).bfloat16()
@@ -317,6 +327,77 @@ def test_packed_weights_give_the_same_and_notice_a_change(rows, processor):
     pack(layer)
     layer.weight.data = layer.weight.data.float().mul(-1).bfloat16()
     torch.testing.assert_close(layer(x), plain * -4, atol=0.08, rtol=0.02)
+
+
+def packed_layers() -> tuple[SwiGLU, Attention]:
+    """Layers of which every matrix is large enough to pack."""
+    made = SwiGLU(512, 384), Attention(512, 4, 2, 128, window=None)
+    return tuple(layer.bfloat16().requires_grad_(False) for layer in made)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_matrices_fed_alike_are_packed_together(rows, processor):
+    expert, attention = packed_layers()
+    x = torch.randn(1, rows, 512).bfloat16()
+    turn = rotation(torch.arange(rows)[None], 128, 10000.0)
+    turn = turn[0].bfloat16(), turn[1].bfloat16()
+    with torch.no_grad():
+        plain = expert(x), attention(x, turn, None, None)
+        seen = []
+        with expert.up.register_forward_hook(lambda module, given, out: seen.append(out)):
+            expert(x)
+        size = 2 * sum(weight.numel() for layer in (expert, attention) for weight in layer.parameters())
+        works = processor == "AMD" and packing_works()
+        assert pack(expert) + pack(attention) == (size if works else 0)
+        assert [one.packed is not None for one in (expert.gate, expert.up, expert.down)] == [works, False, works]
+        for packed, before in zip((expert(x), attention(x, turn, None, None)), plain, strict=True):
+            torch.testing.assert_close(packed, before, atol=0.02, rtol=0.02)
+        # One of them alone, and one that is watched.
+        torch.testing.assert_close(expert.up(x), seen[0], atol=0.02, rtol=0.02)
+        with expert.up.register_forward_hook(lambda module, given, out: seen.append(out)):
+            torch.testing.assert_close(expert(x), plain[0], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(seen[1], seen[0], atol=0.02, rtol=0.02)
+        expert.up.weight.mul_(2)  # one of two that were packed together
+        torch.testing.assert_close(expert(x), plain[0] * 2, atol=0.04, rtol=0.02)
+        assert expert.gate.packed is None or rows == 40
+
+
+@pytest.mark.parametrize("changed", ["up", "key"])
+def test_a_packed_row_is_what_forward_gives_and_notices_a_change(changed):
+    layers = packed_layers()
+    x = torch.randn(512)
+    with torch.no_grad():
+        for layer in layers:
+            pack(layer)
+            names = ("gate", "up", "down") if isinstance(layer, SwiGLU) else ("query", "key", "value", "output")
+            parts = [getattr(layer, name) for name in names]
+            for _ in range(2):
+                for one in parts:
+                    given = x[: one.in_features]
+                    plain = torch.nn.functional.linear(given.bfloat16(), one.weight).float()
+                    torch.testing.assert_close(one.row(given), plain, atol=0.02, rtol=0.02)
+                alike = parts[:-1]
+                for out, one in zip(row_together(x, *alike), alike, strict=True):
+                    plain = torch.nn.functional.linear(x.bfloat16(), one.weight).float()
+                    torch.testing.assert_close(out, plain, atol=0.02, rtol=0.02)
+                if hasattr(layer, changed):
+                    getattr(layer, changed).weight.mul_(-1)
+                    getattr(layer, names[-1]).weight.mul_(-1)
+
+
+def test_a_packed_model_keeps_gradients_and_can_be_copied():
+    expert, _ = packed_layers()
+    x = torch.randn(1, 512).bfloat16().requires_grad_()
+    expert(x).sum().backward()
+    plain, x.grad = x.grad, None
+    pack(expert)
+    expert(x).sum().backward()
+    torch.testing.assert_close(x.grad, plain)
+    twin = copy.deepcopy(expert)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), expert(x), atol=0.02, rtol=0.02)
+        twin.gate.weight.zero_()
+        assert not twin(x).any() and expert(x).any()
 
 
 def test_float32_and_small_matrices_have_nothing_to_pack():

@@ -7,7 +7,7 @@ the second kind. `portable()` leaves all of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtral_lab.model.module import Module
+from mixtral_lab.model.module import Module, as_made
+from mixtral_lab.model.site import free_of_hooks
 
 TINY = 2**15  # numbers in a matrix; up to here one core alone is the quickest
 SWEPT = {torch.float32: 2**19, torch.bfloat16: 2**17}  # numbers; smaller ones are swept (`small_products`) ...
 WIDENED = 2**17  # ... or widened from bfloat16: oneDNN needs 13 to 25 microseconds to start
 ROWS = 32  # oneDNN compiles a kernel for every number of rows it meets; rounding rows up keeps them few
+PACKED_ROWS = 4  # of one row oneDNN makes less than of four: 0.94 of a decode step on Zen 4 (eight: 1.07)
 TURNED = 384  # rows; up to here products are turned over where AMX is (`_product`) ...
 LARGE = 2**19  # ... if the matrix has so many numbers
 PLACES = 4  # at which a compiled step reads such a matrix at once (`dots`)
@@ -36,41 +38,109 @@ class Linear(Module, nn.Linear):
         self.packed: Packed | None = None
 
     def forward(self, x: Float[Tensor, "*rows features_in"]) -> Float[Tensor, "*rows features_out"]:
-        if self.packed is not None and _tuned and x.numel() < ROWS * x.shape[-1] and not torch.compiler.is_compiling():
-            if self.packed.of == (self.weight.data_ptr(), self.weight._version):
-                return torch.ops.mkldnn._linear_pointwise(x, self.packed.weight, None, "none", [], "")
-            self.packed = None
+        if self.packed is not None and not torch.compiler.is_compiling() and self.packed.serves(x, self):
+            return self.packed.product(x)
         return linear(x, self.weight)
 
     def row(self, x: Float[Tensor, " features_in"]) -> Float[Tensor, " features_out"]:
         """The same for one row, in float32."""
-        if self.packed is not None and _tuned:
-            return self(x.to(self.weight.dtype)[None])[0].float()
+        if self.packed is not None and self.packed.serves(x, self):
+            return self.packed.row(x)
         return row(x, self._parameters["weight"])  # type: ignore[arg-type]  # found at once, unlike self.weight
 
 
 class Packed(NamedTuple):
-    """A weight in the order in which oneDNN multiplies it fastest, and the place and version of the one it is a copy of."""
+    """One or several weights, one below the other, in the order in which oneDNN multiplies them fastest, and the place and version
+    of each that it is a copy of. The first of them keeps it.
+    """
 
     weight: Tensor
-    of: tuple[int, int]
+    of: tuple[tuple[int, int], ...]
+
+    def serves(self, x: Tensor, *linears: Linear) -> bool:
+        """Whether this may stand for these, all of them. Not if a weight has changed since (then it is given up), for many
+        rows, or where somebody wants gradients, which PyTorch's operator loses.
+        """
+        if len(linears) != len(self.of) or not _tuned or torch.is_grad_enabled() or x.numel() >= ROWS * x.shape[-1]:
+            return False
+        for one, was in zip(linears, self.of, strict=True):
+            if _version(one) != was:
+                linears[0].packed = None
+                return False
+        return True
+
+    def product(self, x: Float[Tensor, "*rows features_in"]) -> Float[Tensor, "*rows features_out"]:
+        """What they make of a few rows, side by side."""
+        flat = x.reshape(-1, x.shape[-1])
+        more = max(0, PACKED_ROWS - len(flat))
+        out = torch.ops.mkldnn._linear_pointwise(F.pad(flat, (0, 0, 0, more)), self.weight, None, "none", [], "")
+        return out[: len(flat)].view(*x.shape[:-1], -1)
+
+    def row(self, x: Float[Tensor, " features_in"]) -> Float[Tensor, " features_out"]:
+        """The same for one row, in float32, by the fewest operations."""
+        same = x.expand(PACKED_ROWS, -1).to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(same, self.weight, None, "none", [], "")[0].float()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy of a model does without: oneDNN's tensors can be neither copied nor saved."""
+        return type(None), ()
+
+
+def _version(one: Linear) -> tuple[int, int]:
+    weight: Any = one._parameters["weight"]
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def together(
+    x: Float[Tensor, "*rows features_in"], *linears: nn.Module
+) -> Sequence[Float[Tensor, "*rows features_out"]]:
+    """What each of several makes of the same rows: in one product if their weights were packed together (`pack`)."""
+    packed = getattr(linears[0], "packed", None)
+    if packed is not None and not torch.compiler.is_compiling():
+        ours = [one for one in linears if isinstance(one, Linear) and as_made(one, Linear) and free_of_hooks(one)]
+        if len(ours) == len(linears) and packed.serves(x, *ours):
+            return packed.product(x).split([one.out_features for one in ours], dim=-1)
+    return [one(x) for one in linears]
+
+
+def row_together(x: Float[Tensor, " features_in"], *linears: Linear) -> Sequence[Float[Tensor, " features_out"]]:
+    """`together` for one row, in float32."""
+    packed = linears[0].packed
+    if packed is not None and packed.serves(x, *linears):
+        return packed.row(x).split([one.out_features for one in linears])
+    return [one.row(x) for one in linears]
 
 
 def pack(model: nn.Module) -> int:
     """Keep a packed copy of every large bfloat16 matrix on the CPU beside it, for steps of a few tokens; the bytes it takes.
 
-    It doubles the memory; matrices that are quicker swept (`SWEPT`) stay as they are. On an AMD processor a decode step of a
-    0.75 B model took 23 ms instead of 30 (README.md says on what); elsewhere, and where PyTorch's private operator for it is
-    missing, nothing happens. A weight that is changed afterwards loses its copy.
+    It doubles the memory; matrices that are quicker swept (`SWEPT`) stay as they are. Those that a module feeds with the same rows
+    (`FED_ALIKE`) are packed together. On an AMD processor a decode step of a 0.75 B model took NEW ms instead of OLD (README.md
+    says on what); elsewhere, and where PyTorch's private operator for it is missing, nothing happens. A weight that is
+    changed afterwards loses its copy.
     """
-    taken = 0
+
+    def large(one: object) -> bool:
+        if not isinstance(one, Linear) or one.weight.device.type != "cpu" or one.weight.dtype != torch.bfloat16:
+            return False
+        return one.weight.numel() >= SWEPT[torch.bfloat16]
+
+    groups: dict[Linear, list[Linear]] = {}  # by each of their members; a module comes before its parts
     for module in model.modules():
-        if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.bfloat16:
-            weight = module.weight
-            if not (amd() and packing_works()) or weight.numel() < SWEPT[torch.bfloat16]:
-                continue
-            copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
-            module.packed = Packed(copy, (weight.data_ptr(), weight._version))
+        alike = [getattr(module, name) for name in getattr(module, "FED_ALIKE", ())]
+        if alike and all(large(one) for one in alike):
+            groups |= dict.fromkeys(alike, alike)
+        elif isinstance(module, Linear) and large(module):
+            groups.setdefault(module, [module])
+    if not (groups and amd() and packing_works()):
+        return 0
+    taken = 0
+    for first, group in groups.items():
+        first.packed = None
+        if first is group[0]:
+            weight = torch.cat([one.weight.detach() for one in group])
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            first.packed = Packed(copy, tuple(_version(one) for one in group))
             taken += weight.numel() * weight.itemsize
     return taken
 

@@ -19,7 +19,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtral_lab.config import LabError
-from mixtral_lab.model.linear import ROWS, SWEPT, Linear, dots, rounded_up, rounds_up, settled, small_products, tuned
+from mixtral_lab.model.linear import (
+    ROWS,
+    SWEPT,
+    Linear,
+    dots,
+    rounded_up,
+    rounds_up,
+    row_together,
+    settled,
+    small_products,
+    together,
+    tuned,
+)
 from mixtral_lab.model.module import Module, ModuleList, as_made, until_changed
 from mixtral_lab.model.site import Site, asked, free_of_hooks
 
@@ -130,6 +142,8 @@ class SwiGLU(Module):
     Source: GLU Variants Improve Transformer (arXiv 2002.05202, section 2).
     """
 
+    FED_ALIKE = ("gate", "up")
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.gate = Linear(dim, hidden)
@@ -141,7 +155,8 @@ class SwiGLU(Module):
         return self.down(self.inside(x))
 
     def inside(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens hidden"]:
-        return self.hidden(F.silu(self.gate(x)) * self.up(x))
+        gate, up = together(x, self.gate, self.up)
+        return self.hidden(F.silu(gate) * up)
 
     @property
     @until_changed
@@ -152,7 +167,8 @@ class SwiGLU(Module):
 
     def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
         """The same for one token."""
-        return self.down.row(F.silu(self.gate.row(x)) * self.up.row(x))
+        gate, up = row_together(x, self.gate, self.up)
+        return self.down.row(F.silu(gate) * up)
 
 
 Mix = Callable[[Tensor, Routing, nn.ModuleList], Tensor]
