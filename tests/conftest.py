@@ -23,7 +23,8 @@ def processor(request):
     """Whichever processor this is: the model takes the roads of an AMD processor, then those of any other."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("linear", "bands"):
-            patch.setattr(f"mixtral_lab.model.{module}.amd", lambda: request.param == "AMD")
+            for asked in ("amd", "wide"):
+                patch.setattr(f"mixtral_lab.model.{module}.{asked}", lambda: request.param == "AMD")
         yield request.param
 
 

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtral_lab.model import bands as module
 from mixtral_lab.model.attention import RollingCache, attend_plain, visible
-from mixtral_lab.model.bands import Band, attend_banded, bands, by_kernel, ends, head_by_head, together
+from mixtral_lab.model.bands import Band, attend_banded, bands, by_kernel, ends, head_by_head, products_pay, together
+from mixtral_lab.model.linear import portable
 
 ROADS = (together, head_by_head, by_kernel)
 
@@ -243,3 +244,24 @@ def test_fewer_keys_than_queries_and_an_empty_window_are_refused():
         attend_banded(query, key, value, None)
     with pytest.raises(ValueError, match=r"found a window of 0.*1 or more"):
         attend_banded(query[:, :, :, :3], key, value, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amd", "wide", "pays"),
+    [
+        (torch.float32, True, True, True),
+        (torch.float32, True, False, False),  # Zen 4
+        (torch.float32, False, False, False),
+        (torch.bfloat16, True, False, True),
+        (torch.bfloat16, False, False, False),
+    ],
+)
+def test_products_are_for_the_processors_on_which_they_pay(dtype, amd, wide, pays, monkeypatch):
+    monkeypatch.setattr(module, "amd", lambda: amd)
+    monkeypatch.setattr(module, "wide", lambda: wide)
+    query, key, value = draw(1, 2, 1, 512, 512, 8, dtype)
+    assert products_pay(query, key, value) is pays
+    assert not products_pay(query[:, :, :, :2], key, key)  # little to do
+    assert not products_pay(query.requires_grad_(), key, key)
+    with portable():  # where float32 has no faster product
+        assert products_pay(query.detach(), key, key) is (pays and dtype != torch.float32)

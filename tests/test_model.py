@@ -25,7 +25,7 @@ from mixtral_lab.model.linear import (
     packing_works,
     portable,
     rounded_up,
-    row_together,
+    row_fed_alike,
 )
 from mixtral_lab.model.moe import DISPATCH, Experts, Laid, Router, Routing, SwiGLU, mix_dense, route, take_sorted
 from mixtral_lab.model.rope import rotate, rotation
@@ -377,7 +377,7 @@ def test_a_packed_row_is_what_forward_gives_and_notices_a_change(changed):
                     plain = torch.nn.functional.linear(given.bfloat16(), one.weight).float()
                     torch.testing.assert_close(one.row(given), plain, atol=0.02, rtol=0.02)
                 alike = parts[:-1]
-                for out, one in zip(row_together(x, *alike), alike, strict=True):
+                for out, one in zip(row_fed_alike(x, *alike), alike, strict=True):
                     plain = torch.nn.functional.linear(x.bfloat16(), one.weight).float()
                     torch.testing.assert_close(out, plain, atol=0.02, rtol=0.02)
                 if hasattr(layer, changed):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_lab.config import LabError
 from mixtral_lab.model.bands import Keys, Query, attend_banded
-from mixtral_lab.model.linear import Linear, row_together, settled, together
+from mixtral_lab.model.linear import Linear, fed_alike, row_fed_alike, settled
 from mixtral_lab.model.module import Module, as_made
 from mixtral_lab.model.rope import Rotation, rotate
 from mixtral_lab.model.site import Site, asked
@@ -282,7 +282,7 @@ class Attention(Module):
     ) -> Float[Tensor, " dim"]:
         """The same for one token of one text. `turn` is `turn_at` its position."""
         kv, head_dim = self.n_kv_heads, self.head_dim
-        query, key, value = row_together(x, self.query, self.key, self.value)
+        query, key, value = row_fed_alike(x, self.query, self.key, self.value)
         heads = torch.cat((query, key)).view(-1, head_dim) @ turn
         keys, values = cache.add(heads[-kv:], value.view(kv, head_dim))
         query = heads[:-kv].view(1, kv, -1, head_dim)  # the heads of a group are rows that look at the same keys
@@ -296,7 +296,7 @@ class Attention(Module):
     ) -> Float[Tensor, "batch seq dim"]:
         """`mask` is needed where the texts of a batch differ in length, and by the plain definition."""
         kv, head_dim = self.n_kv_heads, self.head_dim
-        query, key, value = (in_heads(made, kv, head_dim) for made in together(x, self.query, self.key, self.value))
+        query, key, value = (in_heads(made, kv, head_dim) for made in fed_alike(x, self.query, self.key, self.value))
         turned = rotate(torch.cat((query, key), dim=2), turn)  # keys turn as the queries of their group do
         query, key = turned.split((query.shape[2], 1), dim=2)
         query, key, value = self.heads.query(query), self.heads.key(key.squeeze(2)), self.heads.value(value.squeeze(2))

@@ -24,12 +24,12 @@ from mixtral_lab.model.linear import (
     SWEPT,
     Linear,
     dots,
+    fed_alike,
     rounded_up,
     rounds_up,
-    row_together,
+    row_fed_alike,
     settled,
     small_products,
-    together,
     tuned,
 )
 from mixtral_lab.model.module import Module, ModuleList, as_made, until_changed
@@ -155,7 +155,7 @@ class SwiGLU(Module):
         return self.down(self.inside(x))
 
     def inside(self, x: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens hidden"]:
-        gate, up = together(x, self.gate, self.up)
+        gate, up = fed_alike(x, self.gate, self.up)
         return self.hidden(F.silu(gate) * up)
 
     @property
@@ -167,7 +167,7 @@ class SwiGLU(Module):
 
     def row(self, x: Float[Tensor, " dim"]) -> Float[Tensor, " dim"]:
         """The same for one token."""
-        gate, up = row_together(x, self.gate, self.up)
+        gate, up = row_fed_alike(x, self.gate, self.up)
         return self.down.row(F.silu(gate) * up)
 
 
