@@ -166,7 +166,9 @@ def test_a_changed_model_writes_as_it_is_now(model, step, change, monkeypatch):
     before = after(step)
     assert not eager
     with change(model):
-        assert torch.equal(after(step), after(decode))
+        # Not bit by bit: MKL's products on an AMD processor depend on where their factors lie in memory.
+        torch.testing.assert_close(after(step), after(decode), atol=1e-5, rtol=1e-5)
+        assert eager
         assert (after(step) - before).abs().max() > 1e-3
     eager.clear()
     torch.testing.assert_close(after(step), before, atol=1e-5, rtol=1e-4)

@@ -38,14 +38,16 @@ class Linear(Module, nn.Linear):
         self.packed: Packed | None = None
 
     def forward(self, x: Float[Tensor, "*rows features_in"]) -> Float[Tensor, "*rows features_out"]:
-        if self.packed is not None and not torch.compiler.is_compiling() and self.packed.serves(x, self):
-            return self.packed.product(x)
+        packed = None if torch.compiler.is_compiling() else self.packed
+        if packed is not None and packed.serves(x, self):
+            return packed.product(x)
         return linear(x, self.weight)
 
     def row(self, x: Float[Tensor, " features_in"]) -> Float[Tensor, " features_out"]:
         """The same for one row, in float32."""
-        if self.packed is not None and self.packed.serves(x, self):
-            return self.packed.row(x)
+        packed = self.packed
+        if packed is not None and packed.serves(x, self):
+            return packed.row(x)
         return row(x, self._parameters["weight"])  # type: ignore[arg-type]  # found at once, unlike self.weight
 
 
@@ -95,8 +97,8 @@ def fed_alike(
     x: Float[Tensor, "*rows features_in"], *linears: nn.Module
 ) -> Sequence[Float[Tensor, "*rows features_out"]]:
     """What each of several makes of the same rows: in one product if their weights were packed together (`pack`)."""
-    packed = getattr(linears[0], "packed", None)
-    if packed is not None and not torch.compiler.is_compiling():
+    packed = None if torch.compiler.is_compiling() else getattr(linears[0], "packed", None)
+    if packed is not None:
         ours = [one for one in linears if isinstance(one, Linear) and as_made(one, Linear) and free_of_hooks(one)]
         if len(ours) == len(linears) and packed.serves(x, *ours):
             return packed.product(x).split([one.out_features for one in ours], dim=-1)
@@ -123,7 +125,9 @@ def pack(model: nn.Module) -> int:
     def large(one: object) -> bool:
         if not isinstance(one, Linear) or one.weight.device.type != "cpu" or one.weight.dtype != torch.bfloat16:
             return False
-        return one.weight.numel() >= SWEPT[torch.bfloat16]
+        return (
+            one.weight.numel() >= SWEPT[torch.bfloat16] and not one.weight.is_inference()
+        )  # whose changes go unnoticed
 
     groups: dict[Linear, list[Linear]] = {}  # by each of their members; a module comes before its parts
     for module in model.modules():
