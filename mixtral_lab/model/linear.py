@@ -125,9 +125,8 @@ def pack(model: nn.Module) -> int:
     def large(one: object) -> bool:
         if not isinstance(one, Linear) or one.weight.device.type != "cpu" or one.weight.dtype != torch.bfloat16:
             return False
-        return (
-            one.weight.numel() >= SWEPT[torch.bfloat16] and not one.weight.is_inference()
-        )  # whose changes go unnoticed
+        # Changes to what was made in inference mode cannot be noticed.
+        return one.weight.numel() >= SWEPT[torch.bfloat16] and not one.weight.is_inference()
 
     groups: dict[Linear, list[Linear]] = {}  # by each of their members; a module comes before its parts
     for module in model.modules():
@@ -305,8 +304,10 @@ def amd() -> bool:
 
 @functools.cache
 def wide() -> bool:
-    """Whether this is one of AMD's processors that multiply 512 bits at once, Zen 5 and later: only these know an instruction that
-    their units do not need (VP2INTERSECT). There oneDNN's float32 product is twice as fast as PyTorch's own, on Zen 4 1.3 times.
+    """Whether this is one of AMD's processors since Zen 5, whose units are 512 bits wide: there oneDNN's float32 product is
+    twice as fast as PyTorch's own, on Zen 4 1.3 times.
+
+    They are told apart by an instruction (VP2INTERSECT) that AMD's earlier ones lack. Checked on a Zen 4 only.
     """
     about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return amd() and bool(about.get("avx512_vp2intersect"))
